@@ -1,0 +1,48 @@
+# make demo    install if needed, train and evaluate on toy data, draw a picture
+# make test    install if needed, run the whole test suite
+# make lint    check style; `make format` mends what can be mended
+# make install only install; MMCV_OPS=1 compiles mmcv's ops (20 minutes on 2 cores)
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install -c requirements/versions.txt
+
+# The compiled mmcv stays in use once it is installed.
+ifneq ($(MMCV_OPS)$(wildcard $(VENV)/.installed-mmcv),)
+MMCV := mmcv
+else
+MMCV := mmcv-lite
+endif
+# Written last: an interrupted installation goes on where it was.
+INSTALLED := $(VENV)/.installed-$(MMCV)
+
+.PHONY: install demo test lint format
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/python tools/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): requirements/versions.txt requirements/openmmlab.txt requirements/dev.txt setup.py pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel cython
+	$(PIP) torch torchvision numpy opencv-python
+	$(BIN)/pip uninstall --quiet --yes $(filter-out $(MMCV),mmcv mmcv-lite)
+	CFLAGS="-g0 $(CFLAGS)" MMCV_WITH_OPS=$(if $(filter mmcv,$(MMCV)),1,0) $(PIP) --no-build-isolation $(MMCV) -r requirements/openmmlab.txt
+	$(PIP) -r requirements/dev.txt
+# The same OpenCV without its windows, which need system libraries (libGL).
+	$(PIP) --no-deps --force-reinstall opencv-python-headless
+	$(PIP) --no-deps --editable .
+	touch $@

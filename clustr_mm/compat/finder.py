@@ -1,0 +1,66 @@
+"""Offers the stand-in for ``mmcv._ext`` to Python's import system."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+_NAME = 'mmcv._ext'
+_STAND_IN = str(Path(__file__).with_name('mmcv_ext.py'))
+
+
+class StandInFinder(MetaPathFinder):
+    """Meta path finder that knows one module, ``mmcv._ext``.
+
+    It belongs at the end of ``sys.meta_path``: there it is asked only after every
+    other finder has failed, so that a compiled extension always wins.
+    """
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        """Find the stand-in.
+
+        Args:
+            fullname (str): Absolute name of the module looked for.
+            path (Sequence[str], optional): ``__path__`` of the parent package.
+            target (ModuleType, optional): Module object to be reloaded.
+
+        Returns:
+            ModuleSpec | None: A spec that loads ``mmcv_ext.py`` of this package
+            under the name ``mmcv._ext``; None for any other name.
+        """
+        if fullname != _NAME:
+            return None
+        return importlib.util.spec_from_file_location(_NAME, _STAND_IN)
+
+
+_FINDER = StandInFinder()
+
+
+def install_finder() -> None:
+    """Append the finder to ``sys.meta_path`` unless it is there already."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.append(_FINDER)
+
+
+def mmcv_ops_are_stand_in() -> bool:
+    """Tell whether ``mmcv.ops`` runs, or would run, on the stand-in.
+
+    Looking for ``mmcv._ext`` imports its parent package ``mmcv``.
+
+    Returns:
+        bool: True if ``mmcv._ext`` resolves to the stand-in. False if it resolves to
+        a compiled extension or to nothing, or if mmcv cannot be imported.
+    """
+    try:
+        spec = importlib.util.find_spec(_NAME)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin == _STAND_IN

@@ -1,0 +1,169 @@
+"""Layers that pyramid vision transformers share."""
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def build_norm(cfg: dict, num_features: int) -> nn.Module:
+    """Build a norm over the channels of (B, N, C) tokens.
+
+    Args:
+        cfg (dict): ``type`` is 'LN' or a registered class that takes the
+            number of channels first; ``requires_grad`` (default True) freezes
+            the parameters; the rest goes to the class.
+        num_features (int): C.
+
+    Returns:
+        nn.Module: The norm.
+
+    Raises:
+        ValueError: If ``type`` is missing or unknown.
+    """
+    cfg = dict(cfg)
+    name = cfg.pop('type', None)
+    requires_grad = cfg.pop('requires_grad', True)
+    norm_type = nn.LayerNorm if name == 'LN' else name and MODELS.get(name)
+    if norm_type is None:
+        raise ValueError(
+            f"norm_cfg must name 'LN' or a norm of the registry in 'type', got {name!r}"
+        )
+    norm = norm_type(num_features, **cfg)
+    for param in norm.parameters():
+        param.requires_grad = requires_grad
+    return norm
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the whole branch of a sample (arXiv 1603.09382).
+
+    Args:
+        prob (float): Probability of dropping a sample, in [0, 1).
+    """
+
+    def __init__(self, prob: float) -> None:
+        super().__init__()
+        self.prob = prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.prob == 0:
+            return x
+        keep = 1 - self.prob
+        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f'prob={self.prob:.3f}'
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patch embedding: a strided convolution, then a norm.
+
+    Args:
+        in_channels (int): Channels of the input map.
+        embed_dims (int): Channels of the tokens.
+        kernel_size (int): Odd; padded by half of it, so that no input is too
+            small.
+        stride (int): Stride of the tokens in the input map.
+        norm_cfg (dict): Norm of the tokens, see :func:`build_norm`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        kernel_size: int,
+        stride: int,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            in_channels, embed_dims, kernel_size, stride, kernel_size // 2
+        )
+        self.norm = build_norm(norm_cfg, embed_dims)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Map (B, C, H, W) to tokens (B, h * w, embed_dims) and (h, w)."""
+        x = self.proj(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward layer with a depth-wise 3x3 convolution in the middle.
+
+    ``fc2(GELU(h + DWConv(h)))`` with ``h = fc1(x)``.
+
+    Args:
+        embed_dims (int): Channels of the tokens.
+        hidden_dims (int): Channels of ``h``.
+        drop_rate (float): Dropout after the activation and at the end.
+        residual (bool): Whether ``h`` is added to its convolution, as ClusTR
+            does; False is PVTv2's form ``fc2(GELU(DWConv(h)))``.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        hidden_dims: int,
+        drop_rate: float = 0.0,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.dwconv = nn.Conv2d(
+            hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims
+        )
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+        self.residual = residual
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Map tokens (B, h * w, C) to tokens of the same shape."""
+        hidden = self.fc1(x)
+        # A view: the convolution runs on the tokens as a channels-last map.
+        local = self.dwconv(hidden.transpose(1, 2).unflatten(2, hw))
+        local = local.flatten(2).transpose(1, 2)
+        if self.residual:
+            local = hidden + local
+        return self.drop(self.fc2(self.drop(self.act(local))))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one layer as the PVT family does; for ``Module.apply``.
+
+    Linear: truncated normal of std 0.02, zero bias. Convolution: normal of
+    std ``sqrt(2 / fan_out)`` with ``fan_out = k * k * out / groups``, zero
+    bias. Norm: ones and zeros, as built.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """View (B, N, C) as (B, heads, N, C / heads)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, kv: Tensor, num_heads: int, drop_rate: float = 0.0) -> Tensor:
+    """Multi-head softmax attention with scale ``head_dim ** -0.5``.
+
+    Args:
+        q (Tensor): (B, heads, N, head_dim).
+        kv (Tensor): (B, M, 2 * heads * head_dim), keys before values.
+        num_heads (int): Number of heads.
+        drop_rate (float): Dropout of the attention weights.
+
+    Returns:
+        Tensor: (B, N, heads * head_dim).
+    """
+    k, v = (split_heads(part, num_heads) for part in kv.chunk(2, dim=-1))
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)
+    return x.transpose(1, 2).flatten(2)

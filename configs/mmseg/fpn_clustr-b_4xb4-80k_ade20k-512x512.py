@@ -1,0 +1,5 @@
+_base_ = './fpn_clustr-t_4xb4-80k_ade20k-512x512.py'
+model = dict(
+    backbone=dict(arch='base', drop_path_rate=0.3),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,240 @@
+"""Checkpoints of MMEngine's runner under ``torch.load(weights_only=True)``."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+
+import clustr_mm
+from clustr_mm.compat import activate, safe_load
+
+restricted = pytest.mark.skipif(
+    not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'),
+    reason='this torch has no allow-list with names',
+)
+NUMBER_CODES = sorted('?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat'])
+
+
+def save_pickle(path: Path, payload: bytes) -> Path:
+    """Write a checkpoint file whose pickled part is ``payload``."""
+    frame = io.BytesIO()
+    torch.save(None, frame)
+    with zipfile.ZipFile(frame) as source, zipfile.ZipFile(path, 'w') as target:
+        for name in source.namelist():
+            is_pickle = name.endswith('data.pkl')
+            target.writestr(name, payload if is_pickle else source.read(name))
+    return path
+
+
+class Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def message_hub() -> MessageHub:
+    hub = MessageHub('test_safe_load')
+    for value in (3.0, 1.0, 2.0):
+        hub.update_scalar('train/loss', value)
+    hub.update_info('best_score', np.float64(0.25))
+    return hub
+
+
+def test_message_hub(tmp_path):
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(dict(message_hub=message_hub().state_dict()), file)
+    hub = MessageHub('test_safe_load_copy')
+    hub.load_state_dict(torch.load(file, weights_only=True)['message_hub'])
+
+    history = hub.get_scalar('train/loss')
+    assert isinstance(history, HistoryBuffer)
+    assert history.data[0].tolist() == [3.0, 1.0, 2.0]
+    results = [history.statistics(name) for name in ('min', 'max', 'current', 'mean')]
+    assert results == [1.0, 3.0, 2.0, 2.0]
+    assert hub.get_info('best_score') == 0.25
+
+
+class ToyModel(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=self.layer(inputs).square().mean())
+
+
+def toy_runner(folder: Path, epochs: int, **kwargs) -> Runner:
+    return Runner(
+        ToyModel(),
+        str(folder),
+        train_dataloader=dict(
+            dataset=[torch.ones(1), torch.zeros(1)],
+            sampler=dict(type=DefaultSampler, shuffle=False),
+            batch_size=1,
+            num_workers=0,
+            collate_fn=dict(type='pseudo_collate'),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        param_scheduler=dict(type='ExponentialLR', gamma=0.5),
+        log_level='WARNING',
+        **kwargs,
+    )
+
+
+def test_runner_resumes(tmp_path):
+    toy_runner(tmp_path, 1, experiment_name='test_safe_load_1').train()
+    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)
+    assert isinstance(
+        checkpoint['message_hub']['log_scalars']['train/loss'], HistoryBuffer
+    )
+
+    runner = toy_runner(tmp_path, 2, experiment_name='test_safe_load_2', resume=True)
+    runner.train()
+    assert (tmp_path / 'epoch_2.pth').exists()
+    assert len(runner.message_hub.get_scalar('train/loss').data[0]) == 4
+
+
+@restricted
+@pytest.mark.parametrize('code', NUMBER_CODES)
+def test_numpy_numbers(tmp_path, code):
+    array = np.array([[1, 0, 1]], dtype=code)
+    content = dict(array=array, column=array.T, scalar=array[0, 0])
+    torch.save(content, tmp_path / 'file.pth')
+    loaded = torch.load(tmp_path / 'file.pth', weights_only=True)
+    for name, value in content.items():
+        assert isinstance(loaded[name], np.ndarray) == isinstance(value, np.ndarray)
+        assert loaded[name].dtype == value.dtype
+        assert np.array_equal(loaded[name], value)
+
+
+@restricted
+@pytest.mark.parametrize('core', [b'numpy.core', b'numpy._core'])
+def test_files_of_either_numpy(tmp_path, core):
+    payload = pickle.dumps([np.arange(3.0), np.float64(2.5)], protocol=2)
+    payload = payload.replace(b'numpy._core', b'numpy.core')
+    assert payload.count(b'numpy.core.multiarray') == 2
+    payload = payload.replace(b'numpy.core', core)
+    file = save_pickle(tmp_path / 'file.pth', payload)
+    array, scalar = torch.load(file, weights_only=True)
+    assert array.tolist() == [0.0, 1.0, 2.0] and scalar == 2.5
+
+
+@restricted
+@pytest.mark.parametrize('protocol', [2, 4])
+@pytest.mark.parametrize(
+    'function, template',
+    [
+        (os.system, 'echo > {}'),
+        (eval, "open({!r}, 'w')"),
+        (exec, "open({!r}, 'w')"),
+        (os.mkdir, '{}'),
+    ],
+)
+def test_hostile_file_does_not_run(tmp_path, function, template, protocol):
+    marker = tmp_path / 'marker'
+    payload = pickle.dumps(Call(function, template.format(str(marker))), protocol)
+    file = save_pickle(tmp_path / 'file.pth', payload)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=True)
+    assert not marker.exists()
+
+
+@restricted
+@pytest.mark.parametrize(
+    'args',
+    [
+        (os, 'system'),
+        (torch, 'load'),
+        (HistoryBuffer, '__init__'),
+        (HistoryBuffer, 'register_statistics'),
+        (HistoryBuffer.min, '__globals__'),
+        (np.ndarray, 'min'),
+        (HistoryBuffer(), 'min'),
+        (HistoryBuffer, ['min']),
+        (HistoryBuffer, 'min', None),
+        (HistoryBuffer,),
+        (),
+    ],
+)
+def test_getattr_answers_for_the_statistics_only(args):
+    allowed = {
+        entry[1]: entry[0]
+        for entry in torch.serialization.get_safe_globals()
+        if isinstance(entry, tuple)
+    }
+    with pytest.raises(pickle.UnpicklingError, match='only HistoryBuffer'):
+        allowed['builtins.getattr'](*args)
+    minimum = allowed['builtins.getattr'](HistoryBuffer, 'min')
+    assert minimum is HistoryBuffer.min
+
+
+@restricted
+@pytest.mark.parametrize(
+    'args',
+    [
+        (HistoryBuffer, '__init__'),
+        (HistoryBuffer, 'register_statistics'),
+        (Call(getattr, HistoryBuffer, 'min'), '__globals__'),
+        (np.ndarray, 'tofile'),
+    ],
+)
+def test_file_cannot_reach_other_attributes(tmp_path, args):
+    payload = pickle.dumps(Call(getattr, *args), protocol=2)
+    file = save_pickle(tmp_path / 'file.pth', payload)
+    with pytest.raises(pickle.UnpicklingError, match='only HistoryBuffer'):
+        torch.load(file, weights_only=True)
+
+
+@restricted
+def test_everything_else_is_still_refused(tmp_path):
+    for content in (
+        np.array(['text', None], dtype=object),
+        np.zeros(2, dtype=[('field', 'f4')]),
+        np.random.RandomState(0),
+        Path('file'),
+        Call(HistoryBuffer.min, 1),
+    ):
+        torch.save(content, tmp_path / 'file.pth')
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / 'file.pth', weights_only=True)
+
+
+@restricted
+def test_real_getattr_is_not_on_the_list():
+    entries = torch.serialization.get_safe_globals()
+    functions = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
+    assert all(function is not getattr for function in functions)
+    assert torch.load.__module__ == 'torch.serialization'
+
+
+@restricted
+def test_activate_twice_changes_nothing():
+    before = set(torch.serialization.get_safe_globals())
+    activate()
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_older_torch_is_left_alone(monkeypatch):
+    monkeypatch.delattr(
+        torch.serialization, 'get_unsafe_globals_in_checkpoint', raising=False
+    )
+    monkeypatch.delattr(torch.serialization, 'add_safe_globals', raising=False)
+    safe_load.allow_runner_checkpoints()
+
+
+def test_package_activates():
+    assert clustr_mm.compat.activate is activate
