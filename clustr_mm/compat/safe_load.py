@@ -2,10 +2,10 @@
 
 Since torch 2.6 a checkpoint may name only allow-listed globals. Those of MMEngine's
 runner hold log scalars in ``HistoryBuffer`` objects, and with these numpy arrays and
-scalars. The names below are the ones such a file contains, and no others.
+scalars. The names below are the ones such a file contains and torch does not allow by
+itself, and no others.
 """
 
-import _codecs
 from collections.abc import Callable
 from pickle import UnpicklingError
 from typing import Any
@@ -69,7 +69,6 @@ def _runner_globals() -> list[Any]:
         np.dtype,
         *dtype_classes,
         *numpy_functions,
-        (_codecs.encode, '_codecs.encode'),
         (_history_buffer_getattr, 'builtins.getattr'),
     ]
 

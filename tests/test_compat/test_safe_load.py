@@ -134,7 +134,6 @@ def test_files_of_either_numpy(tmp_path, core):
 
 
 @restricted
-@pytest.mark.parametrize('protocol', [2, 4])
 @pytest.mark.parametrize(
     'function, template',
     [
@@ -144,9 +143,9 @@ def test_files_of_either_numpy(tmp_path, core):
         (os.mkdir, '{}'),
     ],
 )
-def test_hostile_file_does_not_run(tmp_path, function, template, protocol):
+def test_hostile_file_does_not_run(tmp_path, function, template):
     marker = tmp_path / 'marker'
-    payload = pickle.dumps(Call(function, template.format(str(marker))), protocol)
+    payload = pickle.dumps(Call(function, template.format(str(marker))), protocol=2)
     file = save_pickle(tmp_path / 'file.pth', payload)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(file, weights_only=True)
