@@ -334,7 +334,8 @@ class ClusTR(BaseModule):
         norm_cfg = dict(norm_cfg or dict(type='LN', eps=1e-6))
         patch_norm_cfg = {k: v for k, v in norm_cfg.items() if k != 'eps'}
 
-        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        last = max(1, sum(depths) - 1)
+        drop_path_rates = (drop_path_rate * i / last for i in range(sum(depths)))
         self.stages = nn.ModuleList()
         for i in range(self.out_indices[-1] + 1):
             patch_embed = PatchEmbed(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .nearest import Points, nearest, prepare
+from .nearest import Points, exporting, has_kernel, nearest, prepare
 
 
 def dpc_knn(
@@ -117,16 +117,16 @@ def _search_beyond(
         paper it gets the largest distance; its score is the highest anyway.)
     """
     peak = delta.isinf()
-    length = rank.shape[1]
-    # Peaks first, the denser before: row r of all images is searched
-    # together, over no more keys than its peaks need.
-    key = torch.where(peak, rank, rank + length)
-    most = int(peak.sum(dim=1).max())
-    rows = key.argsort(dim=1)[:, :most]
-    limits = rank.gather(1, rows)
-    found = nearest(points, 1, rows, by_density, limits)[0].squeeze(-1)
-    found = torch.where(peak.gather(1, rows), found, delta.gather(1, rows))
-    return delta.scatter(1, rows, found)
+    # Peaks first, the denser before: a block of rows then needs few keys, and
+    # the kernel has nothing to do after the last peak.
+    order = torch.where(peak, rank, rank + rank.shape[1]).argsort(dim=1)
+    if not (has_kernel(delta) or exporting()):
+        # To leave out the other rows costs a synchronisation on a GPU.
+        order = order[:, : int(peak.sum(dim=1).max())]
+    limits = torch.where(peak, rank, 0).gather(1, order)
+    found = nearest(points, 1, order, by_density, limits)[0].squeeze(-1)
+    found = torch.where(peak.gather(1, order), found, delta.gather(1, order))
+    return delta.scatter(1, order, found)
 
 
 def _assign(points: Points, ranking: Tensor, counts: Sequence[int]) -> dict:

@@ -1,5 +1,7 @@
 """Exact nearest-neighbour search over tokens in little memory."""
 
+import importlib.util
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,6 +59,12 @@ def prepare(tokens: Tensor) -> Points:
         Points: The prepared tokens.
     """
     exact = torch.nan_to_num(tokens.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    if exporting():
+        # Graph formats take no numbers apart; tokens of a trained network are
+        # of sane size.
+        centred = exact - exact.mean(dim=1, keepdim=True)
+        scale = torch.ones(len(exact), dtype=torch.float64, device=exact.device)
+        return Points(exact, centred, centred.square().sum(dim=-1), scale)
     exponent = torch.frexp(exact.abs().amax(dim=(1, 2), keepdim=True))[1]
     # In two steps, because 2**-149 is a float32 and 2**149 is not.
     half = exponent // 2
@@ -98,7 +106,6 @@ def nearest(
         ``points.exact``, rising, infinite where a query sees fewer than ``k``
         keys; and positions (B, Q, k) int64 among the keys.
     """
-    device = points.exact.device
     query_exact, query_centred = points.exact, points.centred
     if queries is not None:
         query_exact = _take(query_exact, queries)
@@ -109,39 +116,27 @@ def nearest(
         key_centred = _take(key_centred, keys)
         norms = norms.gather(1, keys)
 
-    batch, num_queries, _ = query_exact.shape
-    num_keys = key_exact.shape[1]
-    width = min(k + MARGIN, num_keys)
-    pad = -num_keys % RUN
-    key_centred = F.pad(key_centred, (0, 0, 0, pad)).transpose(1, 2)
-    norms = F.pad(norms, (0, pad), value=float('inf'))
+    width = min(k + MARGIN, key_exact.shape[1])
+    search = _search_by_kernel if has_kernel(points.exact) else _search_by_blocks
+    found = search(query_centred, key_centred, norms, width, limits)
+    return _settle(query_exact, key_exact, found, k, limits)
 
-    budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS['cuda'])
-    # The rows of a block do not depend on the batch, so that an image gets
-    # the same matrix products alone and in company.
-    rows = max(1, min(num_queries, budget // norms.shape[1]))
-    images = max(1, min(batch, budget // (rows * norms.shape[1])))
-    distances = torch.empty(batch, num_queries, k, dtype=torch.float64, device=device)
-    positions = torch.empty(batch, num_queries, k, dtype=torch.int64, device=device)
-    for b in range(0, batch, images):
-        image = slice(b, b + images)
-        for r in range(0, num_queries, rows):
-            block = (image, slice(r, r + rows))
-            found = _candidates(
-                query_centred[block],
-                key_centred[image],
-                norms[image],
-                width,
-                None if limits is None else limits[block],
-            )
-            distances[block], positions[block] = _settle(
-                query_exact[block],
-                key_exact[image],
-                found,
-                k,
-                num_keys if limits is None else limits[block].unsqueeze(-1),
-            )
-    return distances, positions
+
+def has_kernel(tokens: Tensor) -> bool:
+    """Whether the fused search kernel takes these tokens: GPU and Triton."""
+    return tokens.is_cuda and not exporting() and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec('triton') is not None
+
+
+def exporting() -> bool:
+    """Whether the model is being traced into a graph to be run elsewhere."""
+    # torch.compiler.is_exporting came with torch 2.7.
+    is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+    return is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -159,8 +154,77 @@ def _ordered_pairs(values: Tensor, index: Tensor) -> Tensor:
 
 def _smallest(values: Tensor, index: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` smallest of the last axis, ties by index."""
+    if exporting():
+        # Graph formats know no views of bits; ONNX breaks ties by place.
+        return values.topk(k, dim=-1, largest=False)[1]
     pairs = _ordered_pairs(values, index)
     return pairs.topk(k, dim=-1, largest=False)[0] & 0xFFFFFFFF
+
+
+def _search_by_kernel(
+    queries: Tensor, keys: Tensor, norms: Tensor, width: int, limits: Tensor | None
+) -> Tensor:
+    """:func:`_search_by_blocks` on a GPU, with no distance in memory."""
+    from .triton_nearest import search
+
+    return search(queries, keys, norms, width, limits)
+
+
+def _search_by_blocks(
+    queries: Tensor, keys: Tensor, norms: Tensor, width: int, limits: Tensor | None
+) -> Tensor:
+    """Find the keys of least float32 distance, a block of rows at a time.
+
+    Args:
+        queries (Tensor): (B, Q, C) float32, centred.
+        keys (Tensor): (B, M, C) float32, centred.
+        norms (Tensor): (B, M) float32, squared norms of the keys.
+        width (int): Keys wanted per query, at most M.
+        limits (Tensor, optional): (B, Q) int64, keys from there on are out.
+
+    Returns:
+        Tensor: (B, Q, width) int64 positions among the keys, in no order;
+        arbitrary, but at most M - 1, where fewer keys are in.
+    """
+    batch, num_queries, _ = queries.shape
+    num_keys = keys.shape[1]
+    pad = -num_keys % RUN
+    keys = F.pad(keys, (0, 0, 0, pad)).transpose(1, 2)
+    norms = F.pad(norms, (0, pad), value=float('inf'))
+    columns = num_keys + pad
+
+    # The rows of a block do not depend on the batch, so that an image gets
+    # the same matrix products alone and in company.
+    budget = block_elements(queries)
+    rows = max(1, min(num_queries, budget // columns))
+    images = max(1, min(batch, budget // (rows * columns)))
+    found = torch.empty(
+        batch, num_queries, width, dtype=torch.int64, device=queries.device
+    )
+    for b in range(0, batch, images):
+        image = slice(b, b + images)
+        for r in range(0, num_queries, rows):
+            block = (image, slice(r, r + rows))
+            limit = None if limits is None else limits[block]
+            if limit is not None and limit.device.type == 'cpu' and not exporting():
+                end = max(int(limit.max()), width)
+                columns = end + -end % RUN
+            found[block] = _candidates(
+                queries[block],
+                keys[image, :, :columns],
+                norms[image, :columns],
+                width,
+                limit,
+            )
+    return found.clamp_(max=num_keys - 1)
+
+
+def block_elements(tokens: Tensor) -> int:
+    """Budget of one block of distances, in elements."""
+    if exporting():
+        # The loop over blocks would be unrolled into the graph.
+        return 2**62
+    return BLOCK_ELEMENTS.get(tokens.device.type, BLOCK_ELEMENTS['cuda'])
 
 
 def _candidates(
@@ -184,7 +248,7 @@ def _candidates(
     if limits is not None:
         values.masked_fill_(columns >= limits.unsqueeze(-1), float('inf'))
     runs = values.shape[-1] // RUN
-    if runs <= width:
+    if runs <= width or exporting():
         return _smallest(values, columns, width)
     # The `width` first pairs (value, column) lie in the `width` runs whose
     # own first pairs come first: runs are contiguous, so ties agree too.
@@ -196,25 +260,32 @@ def _candidates(
 
 
 def _settle(
-    queries: Tensor, keys: Tensor, found: Tensor, k: int, limits
+    queries: Tensor, keys: Tensor, found: Tensor, k: int, limits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Order candidates by float64 distance, ties by column, and keep ``k``.
+    """Order candidates by float64 distance, ties by position, and keep ``k``.
 
     Args:
-        queries (Tensor): (B, R, C) exact.
+        queries (Tensor): (B, Q, C) exact.
         keys (Tensor): (B, M, C) exact.
-        found (Tensor): (B, R, W) int64 candidate columns.
-        k (int): Columns to keep, at most W.
-        limits (Tensor | int): Columns from there on are infinitely far.
+        found (Tensor): (B, Q, W) int64 candidate positions.
+        k (int): Keys to keep, at most W.
+        limits (Tensor, optional): (B, Q), keys from there on are infinitely far.
 
     Returns:
-        tuple[Tensor, Tensor]: Squared distances float64 and columns int64,
-        both (B, R, k).
+        tuple[Tensor, Tensor]: As :func:`nearest`.
     """
     found = found.sort(dim=-1)[0]
-    inside = found.clamp(max=keys.shape[1] - 1)
-    near = _take(keys, inside.flatten(1)).view(*found.shape, -1)
-    distances = (near.double() - queries.double().unsqueeze(2)).square_().sum(-1)
-    distances = distances.masked_fill(found >= limits, float('inf'))
+    batch, num_queries, width = found.shape
+    distances = torch.empty(found.shape, dtype=torch.float64, device=found.device)
+    rows = block_elements(queries) // (batch * width * queries.shape[-1])
+    rows = max(1, min(rows, num_queries))
+    for r in range(0, num_queries, rows):
+        block = slice(r, r + rows)
+        near = _take(keys, found[:, block].flatten(1)).double()
+        near = near.unflatten(1, (-1, width))
+        near -= queries[:, block].unsqueeze(2)
+        distances[:, block] = near.square_().sum(dim=-1)
+    if limits is not None:
+        distances = distances.masked_fill(found >= limits.unsqueeze(-1), float('inf'))
     distances, order = torch.sort(distances, dim=-1, stable=True)
-    return distances[..., :k], inside.gather(-1, order[..., :k])
+    return distances[..., :k], found.gather(-1, order[..., :k])

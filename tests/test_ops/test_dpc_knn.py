@@ -1,0 +1,231 @@
+import random
+
+import pytest
+import torch
+from naive import naive_dpc_knn, naive_merge
+
+from clustr_mm.ops import dpc_knn, merge_tokens, nearest
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(tokens, counts, k=5):
+    labels = dpc_knn(tokens, counts, k)
+    expected = naive_dpc_knn(tokens, counts, k)
+    assert isinstance(labels, tuple) and len(labels) == len(counts)
+    for label, want in zip(labels, expected):
+        assert label.dtype == torch.int64
+        assert torch.equal(label, want)
+    return labels
+
+
+@pytest.mark.parametrize('batch', [1, 2, 3])
+@pytest.mark.parametrize(
+    ('length', 'channels'), [(36, 16), (49, 33), (64, 64), (200, 3), (300, 20)]
+)
+def test_random_tokens(batch, length, channels):
+    check(randn(batch, length, channels), [length // 16 + 1, length // 4, length])
+
+
+def test_counts_in_any_order_and_number():
+    tokens = randn(1, 40, 8)
+    a, b, c, d = check(tokens, [20, 3, 40, 20])
+    assert torch.equal(a, d)
+    assert torch.equal(dpc_knn(tokens, (3,))[0], b)
+
+
+@pytest.mark.parametrize('length', [1, 2, 3, 4])
+def test_fewer_tokens_than_neighbours(length):
+    for count in range(1, length + 1):
+        check(randn(2, length, 8), [count])
+
+
+@pytest.mark.parametrize('k', [1, 2, 7])
+def test_other_k(k):
+    check(randn(2, 50, 8), [5, 12], k)
+
+
+def test_as_many_clusters_as_tokens():
+    (labels,) = check(randn(2, 30, 8), [30])
+    assert torch.equal(labels.sort(dim=1)[0], torch.arange(30).expand(2, -1))
+
+
+def test_constant_tokens():
+    tokens = randn(1, 1, 16).expand(2, 150, 16)
+    one, ten = check(tokens, [1, 10])
+    # All tie: the first ten are the centres, all others join the first.
+    assert torch.equal(ten[0], torch.tensor([*range(10), *[0] * 140]))
+    assert not one.any()
+
+
+@pytest.mark.parametrize('copies', [2, 5, 40])
+def test_duplicates(copies):
+    distinct = randn(2, 200 // copies, 24)
+    tokens = distinct.repeat(1, copies, 1)
+    check(tokens, [10, 50, 120])
+    check(distinct.repeat_interleave(copies, dim=1), [10, 50, 120])
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ties_of_integers(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(-1, 2, (2, 180, 4), generator=generator).float()
+    check(tokens, [11, 45, 100])
+
+
+@pytest.mark.parametrize('scale', [1e-38, 1e-20, 1e-6, 1e3, 1e12, 1e37])
+def test_scale(scale):
+    # exp(-d^2) is 1 or 0 here: densities must not be compared by value.
+    check(randn(2, 80, 8) * scale, [5, 20])
+
+
+@pytest.mark.parametrize('offset', [1e2, 1e4, -3e5])
+def test_far_from_the_origin(offset):
+    check(randn(2, 80, 8) + offset, [5, 20])
+
+
+def test_search_in_many_blocks(monkeypatch):
+    tokens = randn(3, 200, 8)
+    whole = check(tokens, [12, 50])
+    monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', 1000)
+    for a, b in zip(whole, check(tokens, [12, 50])):
+        assert torch.equal(a, b)
+
+
+def test_distances_held_stay_in_the_budget(monkeypatch):
+    sizes = []
+    real = torch.baddbmm
+
+    def spy(*args, **kwargs):
+        out = real(*args, **kwargs)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, 'baddbmm', spy)
+    monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', 2**16)
+    dpc_knn(randn(4, 1024, 8), [16, 64])
+    assert sizes and max(sizes) <= 2**16 < 1024**2
+
+
+def test_image_alone_and_in_a_batch():
+    tokens = randn(5, 196, 32)
+    together = dpc_knn(tokens, [12, 49])
+    for i in range(5):
+        alone = dpc_knn(tokens[i : i + 1], [12, 49])
+        for a, b in zip(together, alone):
+            assert torch.equal(a[i : i + 1], b)
+
+
+def test_repeats_and_ignores_layout():
+    tokens = randn(2, 8, 196).transpose(1, 2)
+    first, second = dpc_knn(tokens, [40]), dpc_knn(tokens.contiguous(), [40])
+    assert torch.equal(first[0], second[0])
+
+
+def test_float32_inside_autocast_and_no_gradient():
+    tokens = randn(2, 196, 32).requires_grad_()
+    plain = dpc_knn(tokens, [12, 49])
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        mixed = dpc_knn(tokens, [12, 49])
+    for a, b in zip(plain, mixed):
+        assert torch.equal(a, b) and not a.requires_grad
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_clustered_in_float32(dtype):
+    tokens = randn(2, 64, 16).to(dtype)
+    assert torch.equal(dpc_knn(tokens, [9])[0], dpc_knn(tokens.float(), [9])[0])
+
+
+def test_not_finite_counts_as_zero():
+    tokens = randn(1, 60, 8)
+    broken = tokens.clone()
+    broken[0, 3, 2], broken[0, 7, 1], broken[0, 9] = torch.nan, torch.inf, -torch.inf
+    tokens[0, 3, 2], tokens[0, 7, 1], tokens[0, 9] = 0, 0, 0
+    assert torch.equal(dpc_knn(broken, [15])[0], dpc_knn(tokens, [15])[0])
+
+
+@pytest.mark.parametrize(
+    ('shape', 'counts', 'k', 'message'),
+    [
+        ((2, 9), [1], 5, r'\(B, N, C\).*\(2, 9\)'),
+        ((0, 9, 4), [1], 5, r'no empty axis.*\(0, 9, 4\)'),
+        ((2, 0, 4), [1], 5, r'no empty axis.*\(2, 0, 4\)'),
+        ((2, 9, 0), [1], 5, r'no empty axis.*\(2, 9, 0\)'),
+        ((2, 9, 4), [], 5, r'from 1 to N = 9.*\[\]'),
+        ((2, 9, 4), [0], 5, r'from 1 to N = 9.*\[0\]'),
+        ((2, 9, 4), [3, 10], 5, r'from 1 to N = 9.*\[3, 10\]'),
+        ((2, 9, 4), 3, 5, r'sequence of counts, got 3'),
+        ((2, 9, 4), [3], 0, 'k must be at least 1, got 0'),
+    ],
+)
+def test_wrong_arguments(shape, counts, k, message):
+    with pytest.raises(ValueError, match=message):
+        dpc_knn(torch.zeros(shape), counts, k)
+
+
+def test_wrong_dtype():
+    with pytest.raises(ValueError, match=r'floating-point tensor, got torch\.int64'):
+        dpc_knn(torch.zeros(1, 9, 4, dtype=torch.int64), [3])
+    with pytest.raises(ValueError, match='floating-point tensor, got list'):
+        dpc_knn([[[1.0]]], [1])
+
+
+# ---- merging
+
+
+def merge_inputs(seed=0):
+    random.seed(seed)
+    tokens = randn(2, 30, 6, seed=seed).double()
+    labels = torch.tensor([[random.randrange(7) for _ in range(30)] for _ in range(2)])
+    return tokens, labels, randn(2, 30, seed=seed + 1).double().exp()
+
+
+def test_merge_by_definition():
+    tokens, labels, weights = merge_inputs()
+    expected = naive_merge(tokens, labels, 8, weights)
+    merged = merge_tokens(tokens, labels, 8, weights)
+    torch.testing.assert_close(merged, expected)
+    assert not merged[:, 7].any()  # nobody's cluster
+    assert torch.equal(merge_tokens(tokens, labels, 8, weights[..., None]), merged)
+
+
+def test_merge_gradients():
+    tokens, labels, weights = merge_inputs()
+    assert torch.autograd.gradcheck(
+        lambda t, w: merge_tokens(t, labels, 7, w),
+        (tokens.requires_grad_(), weights.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_merge_sums_in_float32(dtype):
+    # 4096 ones: a half-precision sum would stop growing at 2048 or before.
+    tokens = torch.ones(1, 4096, 1, dtype=dtype)
+    tokens[:, 2048:] = 3
+    labels = torch.zeros(1, 4096, dtype=torch.int64)
+    weights = torch.ones(1, 4096, dtype=dtype)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        merged = merge_tokens(tokens, labels, 1, weights)
+    assert merged.dtype == dtype
+    assert merged.item() == 2
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(tokens=torch.zeros(30, 6)), r'\(B, N, C\).*\(30, 6\)'),
+        (dict(tokens=torch.zeros(2, 30, 6).long()), 'int64'),
+        (dict(labels=torch.zeros(2, 29).long()), r'labels.*\(2, 30\).*\(2, 29\)'),
+        (dict(labels=torch.zeros(2, 30)), 'labels must be int64.*float32'),
+        (dict(weights=torch.ones(30)), r'weights.*\(2, 30, 1\).*\(30,\)'),
+        (dict(num_clusters=0), 'num_clusters.*got 0'),
+    ],
+)
+def test_merge_wrong_arguments(change, message):
+    tokens, labels, weights = merge_inputs()
+    kwargs = dict(tokens=tokens, labels=labels, num_clusters=7, weights=weights)
+    with pytest.raises(ValueError, match=message):
+        merge_tokens(**{**kwargs, **change})
