@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import dpc_knn, merge_tokens
+from ..ops import merge_tokens, window_dpc_knn
 from ..ops.merge import EPS
 from .checkpoint import accept_checkpoints
 from .layers import (
@@ -68,6 +68,9 @@ class ClusteredAttention(nn.Module):
         num_heads (int): Attention heads, a divisor of C.
         sr_ratio (int): Square root of the tokens per coarse cluster.
         num_neighbors (int): k of the clustering.
+        window (int, optional): Side, in tokens, of the windows that are
+            clustered each by itself; None for one window of any size. All
+            queries attend to the clusters of all windows.
         attn_drop_rate (float): Dropout of the attention weights.
         drop_rate (float): Dropout of the output.
     """
@@ -78,6 +81,7 @@ class ClusteredAttention(nn.Module):
         num_heads: int,
         sr_ratio: int,
         num_neighbors: int,
+        window: int | None,
         attn_drop_rate: float,
         drop_rate: float,
     ) -> None:
@@ -85,6 +89,7 @@ class ClusteredAttention(nn.Module):
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.num_neighbors = num_neighbors
+        self.window = window
         self.attn_drop_rate = attn_drop_rate
         self.q = nn.Linear(embed_dims, embed_dims)
         self.importance = nn.Linear(embed_dims, 1)
@@ -104,26 +109,36 @@ class ClusteredAttention(nn.Module):
         drop_rate = self.attn_drop_rate if self.training else 0.0
         attended = [
             attend(q, kv(merged), self.num_heads, drop_rate)
-            for kv, merged in zip((self.kv1, self.kv2), self.merge(x))
+            for kv, merged in zip((self.kv1, self.kv2), self.merge(x, hw))
         ]
         return self.drop(self.proj(attended[0] + attended[1]))
 
-    def merge(self, x: Tensor) -> list[Tensor]:
-        """Cluster tokens (B, N, C) to (B, M1, C) and (B, M2, C)."""
-        num_tokens = x.shape[1]
+    def cluster(
+        self, x: Tensor, hw: tuple[int, int]
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Cluster tokens (B, h * w, C) at both scales, the coarse one first.
+
+        Returns:
+            tuple[tuple[Tensor], tuple[int]]: Labels (B, h * w) int64 and the
+            number of clusters, for each scale.
+        """
+        return window_dpc_knn(
+            x, hw, self.window, self.cluster_counts, self.num_neighbors
+        )
+
+    def merge(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
+        """Cluster and merge tokens (B, N, C) to (B, M1, C) and (B, M2, C)."""
         # In float32, or exp() of a score above 11 overflows in float16.
         weights = self.importance(x).float().clamp(max=MAX_IMPORTANCE).exp()
-        counts = self.cluster_counts(num_tokens)
-        fewer = [count for count in counts if count < num_tokens]
-        labels = dpc_knn(x, fewer, self.num_neighbors) if fewer else ()
-        merged = [
-            merge_tokens(x, label, count, weights)
-            for label, count in zip(labels, fewer)
-        ]
-        # As many clusters as tokens: each token is merged with itself alone,
-        # and attention does not care in which order.
-        alone = (x * (weights / (weights + EPS))).to(x.dtype)
-        return merged + [alone] * (len(counts) - len(fewer))
+        merged = []
+        for labels, count in zip(*self.cluster(x, hw)):
+            if count == x.shape[1]:
+                # Each token is merged with itself alone, and attention does
+                # not care in which order.
+                merged.append((x * (weights / (weights + EPS))).to(x.dtype))
+            else:
+                merged.append(merge_tokens(x, labels, count, weights))
+        return merged
 
 
 class Block(nn.Module):
@@ -221,6 +236,11 @@ class ClusTR(BaseModule):
             Defaults to 'tiny'.
         in_channels (int): Channels of the input. Defaults to 3.
         num_neighbors (int): k of the density of the clustering. Defaults to 5.
+        cluster_window (int, optional): Side, in input pixels, of the windows
+            that are clustered each by itself, at least 1. None clusters the
+            whole image, as in the paper; 224, the size of pre-training, makes
+            large images much cheaper and leaves those up to 224 as they are.
+            Defaults to None.
         drop_rate (float): Dropout after attention and in the feed-forward
             layers, in [0, 1). Defaults to 0.
         attn_drop_rate (float): Dropout of the attention weights, in [0, 1).
@@ -292,6 +312,7 @@ class ClusTR(BaseModule):
         arch: str | dict = 'tiny',
         in_channels: int = 3,
         num_neighbors: int = 5,
+        cluster_window: int | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
@@ -310,6 +331,13 @@ class ClusTR(BaseModule):
             raise ValueError(f'in_channels must be at least 1, got {in_channels}')
         if num_neighbors < 1:
             raise ValueError(f'num_neighbors must be at least 1, got {num_neighbors}')
+        if cluster_window is not None and (
+            not isinstance(cluster_window, int) or cluster_window < 1
+        ):
+            raise ValueError(
+                'cluster_window must be None or a number of pixels from 1 up, got '
+                f'{cluster_window}'
+            )
         for name, rate in [
             ('drop_rate', drop_rate),
             ('attn_drop_rate', attn_drop_rate),
@@ -356,6 +384,7 @@ class ClusTR(BaseModule):
                         num_heads[i],
                         sr_ratios[i],
                         num_neighbors,
+                        cluster_window and max(1, cluster_window // (4 * 2**i)),
                         attn_drop_rate,
                         drop_rate,
                     ),

@@ -46,6 +46,7 @@ class DropPath(nn.Module):
         self.prob = prob
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, ...) to the same shape; the mean stays as it was."""
         if not self.training or self.prob == 0:
             return x
         keep = 1 - self.prob
@@ -53,6 +54,7 @@ class DropPath(nn.Module):
         return x * mask.div_(keep)
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         return f'prob={self.prob:.3f}'
 
 

@@ -2,5 +2,6 @@
 
 from .dpc_knn import dpc_knn
 from .merge import merge_tokens
+from .windows import window_dpc_knn
 
-__all__ = ['dpc_knn', 'merge_tokens']
+__all__ = ['dpc_knn', 'merge_tokens', 'window_dpc_knn']

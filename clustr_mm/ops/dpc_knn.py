@@ -47,11 +47,31 @@ def dpc_knn(
         (torch.Size([2, 196]), 48)
     """
     counts = _check(tokens, num_clusters, k)
+    # A graph for other runtimes gets plain operations, torch.compile one node.
+    run = _dpc_knn if exporting() else torch.ops.clustr_mm.dpc_knn
+    return tuple(run(tokens.detach(), counts, k))
+
+
+def _dpc_knn(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor]:
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        points = prepare(tokens.detach())
+        points = prepare(tokens)
         ranking = _rank_by_score(points, min(k, tokens.shape[1]))
-        labels = _assign(points, ranking, counts)
-    return tuple(labels[count] for count in counts)
+        labels = _assign(points, ranking, num_clusters)
+    # Outputs of an operator must not share memory, not even for equal counts.
+    return [labels[count].clone() for count in num_clusters]
+
+
+def _fake_dpc_knn(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor]:
+    return [tokens.new_empty(tokens.shape[:2], dtype=torch.int64) for _ in num_clusters]
+
+
+_LIBRARY = torch.library.Library('clustr_mm', 'DEF')
+_LIBRARY.define('dpc_knn(Tensor tokens, SymInt[] num_clusters, int k) -> Tensor[]')
+_LIBRARY.impl('dpc_knn', _dpc_knn, 'CompositeExplicitAutograd')
+# impl_abstract became register_fake in torch 2.4.
+_register_fake = getattr(torch.library, 'register_fake', None)
+_register_fake = _register_fake or torch.library.impl_abstract
+_register_fake('clustr_mm::dpc_knn', _fake_dpc_knn, lib=_LIBRARY)
 
 
 def _check(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[int]:
@@ -63,15 +83,16 @@ def _check(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[int]:
             'tokens must have shape (B, N, C) with no empty axis, got '
             f'{tuple(tokens.shape)}'
         )
-    if k < 1:
-        raise ValueError(f'k must be at least 1, got {k}')
-    if isinstance(num_clusters, int):
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f'k must be an integer from 1 up, got {k}')
+    if not isinstance(num_clusters, Sequence):
         raise ValueError(
             f'num_clusters must be a sequence of counts, got {num_clusters}'
         )
-    counts = [int(count) for count in num_clusters]
+    counts = list(num_clusters)
     length = tokens.shape[1]
-    if not counts or min(counts) < 1 or max(counts) > length:
+    integers = all(isinstance(count, (int, torch.SymInt)) for count in counts)
+    if not counts or not integers or min(counts) < 1 or max(counts) > length:
         raise ValueError(
             f'num_clusters must be counts from 1 to N = {length}, got {counts}'
         )

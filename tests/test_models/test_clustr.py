@@ -9,7 +9,7 @@ from torch import nn
 from clustr_mm import ClusTR
 from clustr_mm.models import clustr
 from clustr_mm.models.clustr import ClusteredAttention
-from clustr_mm.ops import dpc_knn
+from clustr_mm.ops import dpc_knn, windows
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'clustr_tiny.npz'
 ARCH = dict(
@@ -61,14 +61,14 @@ def test_golden_features_and_logits(golden, golden_model, size):
     with torch.no_grad():
         outs = golden_model(golden[f'input/{size}'])
     for i, out in enumerate(outs, start=1):
-        torch.testing.assert_close(
-            out, golden[f'stage{i}/{size}'], rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(out, golden[f'stage{i}/{size}'], rtol=0, atol=1e-4)
         # Far below the agreement asked for: an eps of 1e-6 in the norms of
         # the patch embeddings would be 2e-4 off.
         assert (out - golden[f'stage{i}/{size}']).abs().max() < 1e-5
     logits = nn.functional.linear(
-        outs[-1].mean(dim=(2, 3)), golden['param/head.weight'], golden['param/head.bias']
+        outs[-1].mean(dim=(2, 3)),
+        golden['param/head.weight'],
+        golden['param/head.bias'],
     )
     torch.testing.assert_close(logits, golden[f'logits/{size}'], rtol=0, atol=1e-4)
 
@@ -170,7 +170,7 @@ def test_full_attention_where_nothing_is_merged():
 @pytest.mark.parametrize('num_tokens', [1, 3, 16, 36, 35])
 def test_attention_by_definition(num_tokens):
     torch.manual_seed(0)
-    attn = ClusteredAttention(16, 2, 2, 5, 0.0, 0.0).double()
+    attn = ClusteredAttention(16, 2, 2, 5, None, 0.0, 0.0).double()
     x = torch.randn(2, num_tokens, 16, dtype=torch.float64)
     expected = 0
     weight = torch.exp(attn.importance(x))
@@ -198,7 +198,7 @@ def test_no_clustering_where_clusters_are_tokens(monkeypatch):
         counts.append((tokens.shape[1], tuple(num_clusters)))
         return dpc_knn(tokens, num_clusters, k)
 
-    monkeypatch.setattr(clustr, 'dpc_knn', spy)
+    monkeypatch.setattr(windows, 'dpc_knn', spy)
     random_model()(randn(1, 3, 64, 64))
     # Stage 3 has 16 tokens, M1 = 4 and M2 = 16; stage 4 is not clustered.
     assert counts == [(256, (4, 16))] + [(64, (4, 16))] * 2 + [(16, (4,))] * 2
@@ -211,7 +211,7 @@ def test_num_neighbors_reaches_the_clustering(monkeypatch):
         seen.add(k)
         return dpc_knn(tokens, num_clusters, k)
 
-    monkeypatch.setattr(clustr, 'dpc_knn', spy)
+    monkeypatch.setattr(windows, 'dpc_knn', spy)
     ClusTR(ARCH, num_neighbors=7)(randn(1, 3, 32, 32))
     assert seen == {7}
 
@@ -330,7 +330,7 @@ def test_autocast_clusters_in_float32(monkeypatch, dtype):
         seen.extend(torch.equal(a, b) for a, b in zip(labels, again))
         return labels
 
-    monkeypatch.setattr(clustr, 'dpc_knn', spy)
+    monkeypatch.setattr(windows, 'dpc_knn', spy)
     model = random_model().train()
     with torch.autocast('cpu', dtype=dtype):
         loss = sum(out.float().square().mean() for out in model(randn(2, 3, 64, 64)))
@@ -341,7 +341,7 @@ def test_autocast_clusters_in_float32(monkeypatch, dtype):
 
 
 def test_large_importance_does_not_overflow():
-    attn = ClusteredAttention(16, 2, 2, 5, 0.0, 0.0)
+    attn = ClusteredAttention(16, 2, 2, 5, None, 0.0, 0.0)
     nn.init.constant_(attn.importance.bias, 200.0)
     assert attn(randn(1, 36, 16), (6, 6)).isfinite().all()
 
@@ -397,6 +397,9 @@ def test_deepcopy():
         (dict(arch={**ARCH, 'num_heads': [3, 2, 3, 4]}), 'divisible.*16 and 3'),
         (dict(in_channels=0), 'in_channels.*got 0'),
         (dict(num_neighbors=0), 'num_neighbors.*got 0'),
+        (dict(cluster_window=0), 'cluster_window.*got 0'),
+        (dict(cluster_window=-224), 'cluster_window.*got -224'),
+        (dict(cluster_window=1.5), 'cluster_window.*got 1.5'),
         (dict(drop_rate=1.0), r'drop_rate.*\[0, 1\).*1.0'),
         (dict(attn_drop_rate=-0.1), 'attn_drop_rate.*-0.1'),
         (dict(drop_path_rate=1.5), 'drop_path_rate.*1.5'),

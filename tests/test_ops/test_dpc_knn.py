@@ -157,8 +157,9 @@ def test_not_finite_counts_as_zero():
         ((2, 9, 4), [], 5, r'from 1 to N = 9.*\[\]'),
         ((2, 9, 4), [0], 5, r'from 1 to N = 9.*\[0\]'),
         ((2, 9, 4), [3, 10], 5, r'from 1 to N = 9.*\[3, 10\]'),
+        ((2, 9, 4), [2.5], 5, r'from 1 to N = 9.*\[2\.5\]'),
         ((2, 9, 4), 3, 5, r'sequence of counts, got 3'),
-        ((2, 9, 4), [3], 0, 'k must be at least 1, got 0'),
+        ((2, 9, 4), [3], 0, 'k must be an integer from 1 up, got 0'),
     ],
 )
 def test_wrong_arguments(shape, counts, k, message):
