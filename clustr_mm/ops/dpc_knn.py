@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .nearest import Points, exporting, has_kernel, nearest, prepare
+from .nearest import (
+    Points,
+    exporting,
+    has_kernel,
+    nearest,
+    prepare,
+    stable_sort,
+)
 
 
 def dpc_knn(
@@ -107,7 +114,7 @@ def _rank_by_score(points: Points, k: int) -> Tensor:
     channels = points.exact.shape[-1]
     unit = points.scale.square().unsqueeze(-1) / channels
     sparsity = distances.mean(dim=-1) * unit
-    by_density = torch.sort(sparsity, dim=1, stable=True)[1]
+    by_density = stable_sort(sparsity)[1]
     rank = _invert(by_density)
 
     # A denser token among the k nearest is the nearest denser one; only
@@ -119,7 +126,7 @@ def _rank_by_score(points: Points, k: int) -> Tensor:
 
     # The unit of delta is common to all tokens and left out.
     score = delta.log() / 2 - sparsity
-    return torch.sort(score, dim=1, descending=True, stable=True)[1]
+    return stable_sort(score, descending=True)[1]
 
 
 def _search_beyond(

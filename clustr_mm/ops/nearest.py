@@ -134,9 +134,20 @@ def _triton_is_installed() -> bool:
 
 def exporting() -> bool:
     """Whether the model is being traced into a graph to be run elsewhere."""
-    # torch.compiler.is_exporting came with torch 2.7.
+    # torch.compiler.is_exporting came with torch 2.7; inside torch.compile it
+    # says yes as well.
     is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-    return is_exporting() or torch.onnx.is_in_onnx_export()
+    return (
+        is_exporting() and not torch.compiler.is_dynamo_compiling()
+    ) or torch.onnx.is_in_onnx_export()
+
+
+def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Sort the last axis, ties by place; values and indices."""
+    if exporting():
+        # ONNX sorts by TopK, which is stable, but has no such argument.
+        return torch.sort(values, dim=-1, descending=descending)
+    return torch.sort(values, dim=-1, descending=descending, stable=True)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -287,5 +298,5 @@ def _settle(
         distances[:, block] = near.square_().sum(dim=-1)
     if limits is not None:
         distances = distances.masked_fill(found >= limits.unsqueeze(-1), float('inf'))
-    distances, order = torch.sort(distances, dim=-1, stable=True)
+    distances, order = stable_sort(distances)
     return distances[..., :k], found.gather(-1, order[..., :k])

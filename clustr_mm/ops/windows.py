@@ -41,6 +41,8 @@ def window_dpc_knn(
     Raises:
         ValueError: If ``window`` is below 1, or as :func:`dpc_knn`.
     """
+    if window is not None and window < 1:
+        raise ValueError(f'window must be None or at least 1, got {window}')
     height, width = hw
     if window is None or (height <= window and width <= window):
         counts = tuple(cluster_counts(tokens.shape[1]))

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from clustr_mm import ClusTR
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    return ClusTR('tiny', drop_path_rate=0.0).eval()
+
+
+def randn(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_features(outs, expected):
+    assert len(outs) == len(expected)
+    for out, want in zip(outs, expected):
+        torch.testing.assert_close(torch.as_tensor(out), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('cluster_window', [None, 32])
+def test_compile_without_graph_break(model, cluster_window):
+    windowed = ClusTR('tiny', drop_path_rate=0.0, cluster_window=cluster_window)
+    windowed.load_state_dict(model.state_dict())
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(windowed, backend=counter, fullgraph=True)
+    x = randn(1, 3, 64, 96)
+    assert_same_features(compiled(x), windowed(x))
+    assert counter.frame_count == 1
+    nodes = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    # 9 blocks cluster; windows of one size are one node, here 1 x 1 sizes or so.
+    clusterings = sum('clustr_mm.dpc_knn' in node for node in nodes)
+    assert clusterings >= 9 and (cluster_window or clusterings == 9)
+
+
+def test_compiled_gradients(model):
+    compiled = torch.compile(model, backend='aot_eager')
+    x = randn(1, 3, 64, 64)
+    grads = []
+    for run in (model, compiled):
+        model.zero_grad()
+        sum(out.square().mean() for out in run(x)).backward()
+        grads.append([param.grad.clone() for param in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_operator_is_registered_correctly():
+    torch.library.opcheck(torch.ops.clustr_mm.dpc_knn, (randn(2, 40, 16), [3, 10], 5))
+
+
+def test_export_and_onnx(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    # Fewer blocks, the same operations: a large graph takes minutes to convert.
+    arch = {**ClusTR.arch_zoo['tiny'], 'depths': [1, 1, 1, 1]}
+    model = ClusTR(arch).eval()
+    x = randn(1, 3, 72, 104)
+    program = torch.export.export(model, (x,))
+    assert_same_features(program.module()(x), model(x))
+
+    path = str(tmp_path / 'clustr.onnx')
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for seed in (1, 2):  # not only the input that was traced
+        x = randn(1, 3, 72, 104, seed=seed)
+        outs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            assert_same_features(outs, model(x))
