@@ -26,7 +26,7 @@ ADE_CLASSES: dict[str, tuple[int, tuple[int, int, int]]] = {
     'car': (21, (0, 102, 200)),
     'sea': (27, (9, 7, 230)),
     'boat': (77, (173, 255, 0)),
-    'ball': (120, (184, 255, 0)),
+    'ball': (120, (255, 0, 163)),
 }
 
 # Raise it when the drawings change: a set of an older version is drawn anew.
@@ -150,15 +150,16 @@ def _draw_sky(canvas: _Canvas) -> None:
 def _draw_mountain(canvas: _Canvas, horizon: float) -> None:
     """A ridge with slanted rock faces, at times capped with snow."""
     rng = canvas.rng
-    height = rng.uniform(0.16, 0.28)
-    ridge = 0.5 + 0.35 * canvas.noise(1.0, rng.uniform(0.18, 0.3))[:1]
-    ridge = ridge + 0.04 * canvas.noise(1.0, 0.03)[:1]
-    top = horizon - height * np.clip(ridge, 0.15, 1.1)
+    height = rng.uniform(0.26, 0.36)
+    ridge = canvas.noise(1.0, rng.uniform(0.2, 0.35))[:1]
+    ridge = (ridge - ridge.min()) / np.ptp(ridge)
+    top = horizon - height * (0.45 + 0.55 * ridge)
+    top = top - 0.008 * canvas.noise(1.0, 0.03)[:1]
     mask = (canvas.y >= top) & (canvas.y < horizon + 0.02)
-    rock = _hsv(rng.uniform(), rng.uniform(0.05, 0.2), rng.uniform(0.35, 0.6))
+    rock = _hsv(rng.uniform(), rng.uniform(0.05, 0.2), rng.uniform(0.3, 0.5))
     faces = canvas.noise(0.08, 0.025, 0.8) + 0.7 * canvas.noise(0.08, 0.025, -0.8)
     canvas.paint(mask, _grained(rock, faces, 0.2), 'mountain')
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         cap = mask & (canvas.y < horizon - 0.75 * height - 0.02 * faces)
         canvas.paint(cap, _grained(_hsv(0.6, 0.05, 0.95), faces, 0.04))
 
@@ -194,7 +195,7 @@ def _draw_building(canvas: _Canvas, x: float, base: float, size: float) -> None:
     rng = canvas.rng
     width, height = size * rng.uniform(0.7, 1.2), size * rng.uniform(0.8, 1.3)
     left, right, top = x - width / 2, x + width / 2, base - height
-    wall = _any_colour(rng, (0.1, 0.6))
+    wall = _any_colour(rng, (0.1, 0.45))
     courses = np.where((canvas.y - top) % 0.022 < 0.005, 0.85, 1.0)[..., None]
     canvas.paint(
         canvas.box(left, top, right, base),
@@ -243,7 +244,7 @@ def _draw_tree(canvas: _Canvas, x: float, base: float, size: float) -> None:
             )
         crown |= canvas.ellipse(x, base - 0.8 * size, 0.3 * size, 0.3 * size)
     hue = rng.choice([rng.uniform(0.18, 0.42), rng.uniform(-0.1, 0.15)], p=[0.65, 0.35])
-    leaves = _hsv(hue, rng.uniform(0.4, 0.8), rng.uniform(0.35, 0.65))
+    leaves = _hsv(hue, rng.uniform(0.4, 0.8), rng.uniform(0.3, 0.55))
     light = 1 + 0.6 * ((x - canvas.x) + (base - 0.8 * size - canvas.y)) / size
     speckle = _grained(leaves, canvas.noise(0.018, 0.018), 0.35)
     canvas.paint(crown, speckle * light[..., None], 'tree')
@@ -270,7 +271,7 @@ def _draw_car(canvas: _Canvas, x: float, base: float, size: float) -> None:
         (middle - 0.25 * size, middle + 0.25 * size, base - 0.72 * size),
         (middle - 0.42 * size, middle + 0.42 * size, base - 0.40 * size),
     )
-    paint = _any_colour(rng, (0.1, 0.95))
+    paint = _hsv(rng.uniform(), rng.uniform(0.75, 1), rng.uniform(0.75, 1))
     gloss = np.clip(1.15 - (canvas.y - base + 0.42 * size) / size, 0.7, 1.4)
     canvas.paint(body | cabin, paint * gloss[..., None], 'car')
     windows = canvas.trapezoid(
@@ -290,10 +291,11 @@ def _draw_car(canvas: _Canvas, x: float, base: float, size: float) -> None:
 
 
 def _draw_person(canvas: _Canvas, x: float, base: float, size: float) -> None:
-    """A standing person: head, hair, shirt (at times striped), legs."""
+    """A standing person: head, hair, striped shirt, legs."""
     rng = canvas.rng
     skin = _hsv(0.07, rng.uniform(0.3, 0.6), rng.uniform(0.4, 0.95))
-    shirt, trousers = _any_colour(rng), _any_colour(rng, (0.1, 0.6)) * 0.6
+    shirt = _any_colour(rng)
+    trousers = _hsv(rng.uniform(0.5, 0.75), rng.uniform(0.2, 0.6), 0.35)
     hip, shoulder = base - 0.46 * size, base - 0.84 * size
     for end in (-1, 1):
         leg = canvas.trapezoid(
@@ -309,10 +311,8 @@ def _draw_person(canvas: _Canvas, x: float, base: float, size: float) -> None:
             ),
         )
         canvas.paint(leg, _grained(trousers, canvas.noise(0.05, 0.01), 0.1), 'person')
-    cloth = np.broadcast_to(shirt, canvas.image.shape)
-    if rng.random() < 0.4:
-        stripes = ((canvas.y - shoulder) / size % 0.1 < 0.05)[..., None]
-        cloth = np.where(stripes, cloth, _hsv(0, 0, 0.95))
+    stripes = ((canvas.y - shoulder) / size % 0.1 < 0.05)[..., None]
+    cloth = np.where(stripes, shirt, _hsv(0, 0, 0.95))
     canvas.paint(
         canvas.trapezoid(
             (x - 0.2 * size, x + 0.2 * size, shoulder),
@@ -331,7 +331,7 @@ def _draw_person(canvas: _Canvas, x: float, base: float, size: float) -> None:
             ),
             (x + end * reach - 0.04 * size, x + end * reach + 0.04 * size, hip),
         )
-        canvas.paint(arm, 0.9 * shirt, 'person')
+        canvas.paint(arm, 0.9 * cloth, 'person')
     head = shoulder - 0.1 * size
     hair = _hsv(rng.uniform(0.02, 0.14), 0.5, rng.uniform(0.1, 0.7))
     canvas.paint(canvas.ellipse(x, head, 0.11 * size, 0.13 * size), skin, 'person')
@@ -349,8 +349,8 @@ def _draw_ball(canvas: _Canvas, x: float, base: float, size: float) -> None:
     y = base - radius
     pole = (x + rng.uniform(-0.4, 0.4) * radius, y + rng.uniform(-0.4, 0.4) * radius)
     angle = np.arctan2(canvas.y - pole[1], canvas.x - pole[0]) + rng.uniform(0, 6)
-    sectors = (angle / (2 * np.pi) * 6 % 2 < 1)[..., None]
-    colour = np.where(sectors, _any_colour(rng, (0.6, 1.0)), _hsv(0, 0, 0.95))
+    sectors = (angle / (2 * np.pi) * 8 % 2 < 1)[..., None]
+    colour = np.where(sectors, _any_colour(rng, (0.8, 1.0)), _hsv(0, 0, 0.95))
     aside = np.hypot(canvas.x - x + 0.3 * radius, canvas.y - y + 0.4 * radius)
     shade = np.clip(1.15 - 0.35 * aside / radius, 0.5, 1.2)[..., None]
     canvas.paint(canvas.ellipse(x, y, radius, radius), colour * shade, 'ball')
@@ -364,30 +364,30 @@ def _draw_boat(canvas: _Canvas, x: float, base: float, size: float) -> None:
         (x - 0.55 * size, x + 0.55 * size, rail),
         (x - 0.36 * size, x + 0.36 * size, base),
     )
-    canvas.paint(hull, _any_colour(rng, (0.1, 0.9)) * 0.8, 'boat')
+    canvas.paint(hull, _any_colour(rng) * 0.6, 'boat')
     stripe = hull & (abs(canvas.y - rail - 0.06 * size) < 0.02 * size)
     canvas.paint(stripe, _hsv(0, 0, 0.95))
     side = rng.choice([-1, 1])
-    cloth = _hsv(rng.uniform(), rng.choice([0.05, 0.6]), rng.uniform(0.8, 1.0))
+    cloth = _hsv(rng.uniform(), rng.uniform(0, 0.3), rng.uniform(0.85, 1.0))
     top = rail - 0.85 * size
-    seams = np.where((canvas.y - top) / size % 0.12 < 0.02, 0.85, 1.0)[..., None]
+    seams = np.where((canvas.y - top) / size % 0.1 < 0.03, 0.75, 1.0)[..., None]
     for facing, reach, start in ((side, 0.48, top), (-side, 0.34, top + 0.15 * size)):
         foot = sorted((x + facing * 0.02 * size, x + facing * reach * size))
         peak = x + facing * 0.02 * size
         sail = canvas.trapezoid((peak, peak, start), (foot[0], foot[1], rail))
         canvas.paint(sail, cloth * seams * (1.0 if facing == side else 0.85), 'boat')
-    mast = canvas.box(x - 0.02 * size, top - 0.03 * size, x + 0.02 * size, rail)
+    mast = canvas.box(x - 0.025 * size, top, x + 0.025 * size, rail)
     canvas.paint(mast, _hsv(0.08, 0.5, 0.35), 'boat')
 
 
 _Range = tuple[float, float]
 _LAND_THINGS: dict[str, tuple[Callable[..., None], _Range, _Range]] = {
     # name: (drawing, range of sizes, how far below the horizon it stands)
-    'building': (_draw_building, (0.28, 0.38), (0.04, 0.15)),
-    'tree': (_draw_tree, (0.32, 0.44), (0.06, 0.35)),
-    'car': (_draw_car, (0.32, 0.42), (0.12, 0.45)),
-    'person': (_draw_person, (0.45, 0.60), (0.15, 0.45)),
-    'ball': (_draw_ball, (0.36, 0.50), (0.22, 0.48)),
+    'building': (_draw_building, (0.36, 0.48), (0.04, 0.15)),
+    'tree': (_draw_tree, (0.44, 0.56), (0.10, 0.35)),
+    'car': (_draw_car, (0.40, 0.52), (0.15, 0.45)),
+    'person': (_draw_person, (0.55, 0.70), (0.20, 0.48)),
+    'ball': (_draw_ball, (0.45, 0.60), (0.25, 0.48)),
 }
 
 
@@ -404,7 +404,9 @@ def _draw_things(canvas: _Canvas, horizon: float, shore: float | None) -> None:
     things = []
     land = horizon if shore is None else shore
     if land < 0.9:
-        names = rng.permutation(list(_LAND_THINGS))[:3]
+        names = list(rng.permutation([n for n in _LAND_THINGS if n != 'building'])[:2])
+        if shore is None:  # elsewhere it would hide the boats
+            names.append('building')
         slots = rng.permutation(len(names))
         for name, slot in zip(names, slots, strict=True):
             draw, sizes, reach = _LAND_THINGS[name]
@@ -412,10 +414,10 @@ def _draw_things(canvas: _Canvas, horizon: float, shore: float | None) -> None:
             base = min(land + rng.uniform(*reach), 0.98)
             things.append((base, x, rng.uniform(*sizes), draw))
     if shore is not None:
-        for side in rng.permutation(2)[: rng.integers(1, 3)]:
+        for side in rng.permutation(2)[: 1 if shore < 1 else 2]:
             base = horizon + rng.uniform(0.10, max(0.12, min(shore, 0.95) - horizon))
             x = 0.5 * side + rng.uniform(0.15, 0.35)
-            things.append((base, x, rng.uniform(0.34, 0.46), _draw_boat))
+            things.append((base, x, rng.uniform(0.42, 0.54), _draw_boat))
     for base, x, size, draw in sorted(things, key=lambda thing: thing[:3]):
         _draw_shadow(canvas, x, base, size)
         draw(canvas, x, base, size)
@@ -442,7 +444,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     _draw_sky(canvas)
     if rng.random() < 0.6:
         _draw_mountain(canvas, horizon)
-    ground = rng.choice(['land', 'sea', 'both'], p=[0.45, 0.15, 0.4])
+    ground = rng.choice(['land', 'sea', 'both'], p=[0.5, 0.15, 0.35])
     shore = {'land': None, 'sea': 1.0, 'both': horizon + rng.uniform(0.17, 0.27)}[
         ground
     ]
@@ -505,9 +507,9 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 def make_toy_data(
     task: str = 'ade20k',
     out: str | os.PathLike[str] = 'data/toy',
-    num_train: int = 512,
+    num_train: int = 600,
     num_val: int = 24,
-    size: int = 128,
+    size: int = 112,
     seed: int = 0,
 ) -> tuple[Path, bool]:
     """Write a toy data set, or reuse it if it is there already.

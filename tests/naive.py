@@ -2,7 +2,10 @@
 
 import math
 
+import mpmath
 import torch
+
+mpmath.mp.dps = 100
 
 
 def naive_dpc_knn(tokens, num_clusters, k=5):
@@ -23,8 +26,9 @@ def naive_dpc_knn(tokens, num_clusters, k=5):
                 delta = math.inf  # stands for the largest distance: it is first
             else:
                 delta = square[i, order[:place]].min().item()
-            # log(rho * delta), up to a constant: exp() would underflow.
-            log_delta = math.log(delta) / 2 if delta > 0 else -math.inf
+            # log(rho * delta), because exp() would underflow, in many digits,
+            # because the one term may be minute beside the other.
+            log_delta = mpmath.log(delta) / 2 if delta > 0 else -mpmath.inf
             score[i] = log_delta - exponent[i].item()
         ranking = sorted(range(n), key=lambda i: (-score[i], i))
         for result, count in zip(results, num_clusters):

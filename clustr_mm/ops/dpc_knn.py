@@ -124,9 +124,15 @@ def _rank_by_score(points: Points, k: int) -> Tensor:
     delta = distances.masked_fill(~denser, float('inf')).amin(dim=-1)
     delta = _search_beyond(points, delta, rank, by_density)
 
+    # Beside the one of its terms the other may be lost in rounding, for tokens
+    # very close or very far apart: where scores seem equal, both terms decide.
     # The unit of delta is common to all tokens and left out.
     score = delta.log() / 2 - sparsity
-    return stable_sort(score, descending=True)[1]
+    sparsity = sparsity.masked_fill(delta == 0, float('inf'))
+    order = stable_sort(delta, descending=True)[1]
+    order = order.gather(1, stable_sort(sparsity.gather(1, order))[1])
+    score = score.gather(1, order)
+    return order.gather(1, stable_sort(score, descending=True)[1])
 
 
 def _search_beyond(

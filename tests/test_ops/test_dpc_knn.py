@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +109,26 @@ def test_distances_held_stay_in_the_budget(monkeypatch):
     monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', 2**16)
     dpc_knn(randn(4, 1024, 8), [16, 64])
     assert sizes and max(sizes) <= 2**16 < 1024**2
+
+
+PEAK_MEMORY = """
+import resource, torch
+from clustr_mm.ops import dpc_knn
+torch.manual_seed(0)
+dpc_knn(torch.randn(1, 256, 64), (4, 16))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dpc_knn(torch.randn(1, 16384, 64), (256, 1024))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss is in KiB on Linux')
+def test_process_never_holds_a_matrix_of_all_distances():
+    done = subprocess.run(
+        [sys.executable, '-c', PEAK_MEMORY], capture_output=True, text=True, check=True
+    )
+    # The whole matrix has 16384**2 float32: 1 GiB.
+    assert int(done.stdout) < 256 * 1024
 
 
 def test_image_alone_and_in_a_batch():
