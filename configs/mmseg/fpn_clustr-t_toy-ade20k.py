@@ -3,7 +3,7 @@ _base_ = './fpn_clustr-t_4xb4-80k_ade20k-512x512.py'
 
 data_root = 'data/toy/ADEChallengeData2016'
 size = (112, 112)
-max_iters = 550
+max_iters = 500
 
 load = [
     dict(type='LoadImageFromFile'),

@@ -1,0 +1,149 @@
+"""The backbones to compare: presets, and whatever a config file describes."""
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.utils import import_modules_from_strings
+from torch import nn
+
+#: Stock peers of about the size of ClusTR-small, by their toolbox.
+PEERS = {
+    'pvtv2-b2': (
+        'mmdet',
+        dict(type='PyramidVisionTransformerV2', embed_dims=64, num_layers=[3, 4, 6, 3]),
+    ),
+    'swin-t': (
+        'mmdet',
+        dict(
+            type='SwinTransformer',
+            embed_dims=96,
+            depths=[2, 2, 6, 2],
+            num_heads=[3, 6, 12, 24],
+            window_size=7,
+            drop_path_rate=0.2,
+        ),
+    ),
+    # All norms and stages train, as in the other backbones.
+    'resnet-50': ('mmdet', dict(type='ResNet', depth=50, norm_eval=False)),
+    'convnext-t': (
+        'mmpretrain',
+        dict(
+            type='ConvNeXt',
+            arch='tiny',
+            drop_path_rate=0.1,
+            gap_before_final_norm=False,
+            out_indices=(0, 1, 2, 3),
+        ),
+    ),
+}
+
+CLUSTR = re.compile(
+    r'clustr-(?P<arch>[tsb])(-w(?P<window>[1-9]\d*))?(?P<textbook>-textbook)?'
+)
+
+#: What can be asked for by name, for messages; 224 stands for any number.
+PRESETS = (
+    *('clustr-t', 'clustr-s', 'clustr-b', 'clustr-s-w224', 'clustr-s-textbook'),
+    *PEERS,
+)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How to build a backbone, in a form that another process can be sent.
+
+    Attributes:
+        name (str): What tables call it.
+        cfg (dict): Config of the module.
+        scope (str, optional): Toolbox whose registry knows it.
+        textbook (bool): Whether clustering is :func:`textbook_dpc_knn`.
+        imports (tuple[str]): Modules that register it.
+    """
+
+    name: str
+    cfg: dict
+    scope: str | None = None
+    textbook: bool = False
+    imports: tuple[str, ...] = ()
+
+    def load(self) -> None:
+        """Import what building needs."""
+        import_modules_from_strings(list(self.imports))
+        if self.scope not in (None, 'mmengine'):
+            importlib.import_module(f'{self.scope}.models')
+
+    def build(self) -> nn.Module:
+        """Build the backbone with random weights; nothing is downloaded."""
+        self.load()
+        cfg = _without_weights(self.cfg)
+        if self.scope is not None:
+            cfg.setdefault('_scope_', self.scope)
+        return MODELS.build(cfg)
+
+
+def find_backbone(name: str) -> Backbone:
+    """Look up a preset, or read a config file of any OpenMMLab toolbox.
+
+    Args:
+        name (str): One of ``PRESETS``, where ClusTR takes the suffixes
+            ``-w<pixels>`` (clustering in windows) and ``-textbook``; or the
+            path of a config whose ``model``, or the ``backbone`` in it, is
+            a registered backbone.
+
+    Returns:
+        Backbone: How to build it.
+
+    Raises:
+        ValueError: If there is no such preset or no backbone in the file.
+    """
+    if name in PEERS:
+        scope, cfg = PEERS[name]
+        return Backbone(name, cfg, scope)
+    preset = CLUSTR.fullmatch(name)
+    if preset:
+        window = preset['window'] and int(preset['window'])
+        cfg = dict(type='ClusTR', arch=preset['arch'], cluster_window=window)
+        return Backbone(name, cfg, textbook=bool(preset['textbook']))
+    if Path(name).is_file():
+        return _read_config(Path(name))
+    raise ValueError(
+        f'unknown backbone {name!r}: neither a config file nor one of '
+        f'{", ".join(PRESETS)}'
+    )
+
+
+def _read_config(path: Path) -> Backbone:
+    try:
+        config = Config.fromfile(path)
+        model = config.get('model') or {}
+        cfg = model.get('backbone', model)
+    except Exception as error:
+        raise ValueError(f'cannot read the config {path}: {error}') from error
+    if 'type' not in cfg:
+        raise ValueError(f'{path} has no model.backbone, nor is its model a backbone')
+    custom_imports = config.get('custom_imports') or {}
+    imports = custom_imports.get('imports') or ()
+    return Backbone(
+        path.stem,
+        cfg.to_dict(),
+        config.get('default_scope'),
+        imports=(imports,) if isinstance(imports, str) else tuple(imports),
+    )
+
+
+def _without_weights(cfg: Any) -> Any:
+    """A copy of a config in which nothing asks for pretrained weights."""
+    if isinstance(cfg, dict):
+        return {
+            key: _without_weights(value)
+            for key, value in cfg.items()
+            if key not in ('init_cfg', 'pretrained')
+        }
+    if isinstance(cfg, (list, tuple)):
+        return type(cfg)(_without_weights(value) for value in cfg)
+    return cfg
