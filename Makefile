@@ -5,8 +5,6 @@
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV ?= .venv
-# Idle threads sleep: spinning ones steal the cores from whoever works.
-export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -c requirements/versions.txt
 

@@ -41,12 +41,7 @@ def mim(command: str, *arguments: object) -> None:
     """Run ``mim train`` or ``mim test`` for MMSegmentation, or stop."""
     line = ['mim', command, 'mmseg', *map(str, arguments)]
     print(f'$ {" ".join(line)}', flush=True)
-    # Threads that spin while they wait slow each other down, tens of times if
-    # something else wants the cores too.
-    environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
-    done = subprocess.run(
-        [sys.executable, '-m', *line], cwd=ROOT, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, '-m', *line], cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(f'demo.py: mim {command} failed, see its message above')
 

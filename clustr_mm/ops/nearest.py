@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: Elements of the largest block of distances held at a time: on a CPU what
-#: the cache takes (8 MiB of float32), on other devices what keeps them busy.
-BLOCK_ELEMENTS = {'cpu': 2**21, 'cuda': 2**26}
+#: the cache takes (4 MiB of float32), on other devices what keeps them busy.
+BLOCK_ELEMENTS = {'cpu': 2**20, 'cuda': 2**26}
 
 #: Candidates kept beyond ``k``, so that rounding in the fast float32 search
 #: cannot push a neighbour out before distances are settled in float64.
@@ -18,7 +18,7 @@ MARGIN = 3
 
 #: Columns are searched in runs of this length: first the least distance of
 #: every run, then only the runs that can hold one of the nearest.
-RUN = 64
+RUN = 32
 
 #: Channels are zero-padded to a multiple of this. Matrix products then take
 #: the same instructions for every column, so equal tokens get equal distances.
@@ -159,8 +159,8 @@ def _ordered_pairs(values: Tensor, index: Tensor) -> Tensor:
     """Int64 numbers that sort as the pairs (float32 value, int32 index)."""
     bits = values.view(torch.int32)
     # A float's bits sort as an integer, but for the order of negatives.
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.to(torch.int64) << 32) | index
+    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    return order.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(index)
 
 
 def _smallest(values: Tensor, index: Tensor, k: int) -> Tensor:
@@ -169,7 +169,7 @@ def _smallest(values: Tensor, index: Tensor, k: int) -> Tensor:
         # Graph formats know no views of bits; ONNX breaks ties by place.
         return values.topk(k, dim=-1, largest=False)[1]
     pairs = _ordered_pairs(values, index)
-    return pairs.topk(k, dim=-1, largest=False)[0] & 0xFFFFFFFF
+    return pairs.topk(k, dim=-1, largest=False)[0].bitwise_and_(0xFFFFFFFF)
 
 
 def _search_by_kernel(
