@@ -9,6 +9,7 @@ from .nearest import (
     Points,
     exporting,
     has_kernel,
+    is_readable,
     nearest,
     prepare,
     stable_sort,
@@ -154,8 +155,7 @@ def _search_beyond(
     # Peaks first, the denser before: a block of rows then needs few keys, and
     # the kernel has nothing to do after the last peak.
     order = torch.where(peak, rank, rank + rank.shape[1]).argsort(dim=1)
-    if not (has_kernel(delta) or exporting()):
-        # To leave out the other rows costs a synchronisation on a GPU.
+    if is_readable(delta) and not has_kernel(delta):
         order = order[:, : int(peak.sum(dim=1).max())]
     limits = torch.where(peak, rank, 0).gather(1, order)
     found = nearest(points, 1, order, by_density, limits)[0].squeeze(-1)
@@ -175,7 +175,7 @@ def _assign(points: Points, ranking: Tensor, counts: Sequence[int]) -> dict:
     batch, length = ranking.shape
     best = ranking.new_full((batch, length), length)
     label = torch.zeros_like(best)
-    distance = points.exact.new_full(best.shape, float('inf'), dtype=torch.float64)
+    distance = points.exact.new_full(best.shape, float('inf'))
     labels = {}
     start = 0
     for count in sorted(set(counts)):

@@ -1,6 +1,8 @@
 """Exact nearest-neighbour search over tokens in little memory."""
 
 import importlib.util
+import math
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -10,7 +12,10 @@ from torch.nn import functional as F
 
 #: Elements of the largest block of distances held at a time: on a CPU what
 #: the cache takes (4 MiB of float32), on other devices what keeps them busy.
-BLOCK_ELEMENTS = {'cpu': 2**20, 'cuda': 2**26}
+BLOCK_ELEMENTS = {'cpu': 2**22, 'cuda': 2**26}
+
+#: The part of a block that is settled at a time, such that the cache holds it.
+SETTLE_SHARE = 16
 
 #: Candidates kept beyond ``k``, so that rounding in the fast float32 search
 #: cannot push a neighbour out before distances are settled in float64.
@@ -19,6 +24,10 @@ MARGIN = 3
 #: Columns are searched in runs of this length: first the least distance of
 #: every run, then only the runs that can hold one of the nearest.
 RUN = 32
+
+#: Tokens whose largest component has a binary exponent beyond this, up or down,
+#: are scaled by a power of two, lest squares overflow or vanish.
+MAX_EXPONENT = 16
 
 #: Channels are zero-padded to a multiple of this. Matrix products then take
 #: the same instructions for every column, so equal tokens get equal distances.
@@ -29,10 +38,10 @@ class Points(NamedTuple):
     """Tokens prepared for the search.
 
     Attributes:
-        exact (Tensor): (B, N, C) float32, scaled by a power of two per image;
+        exact (Tensor): (B, N, C) float64, scaled by a power of two per image;
             distances are settled on these.
-        centred (Tensor): (B, N, C') float32, ``exact`` moved near the origin
-            and padded with zero channels; the fast search runs on these.
+        centred (Tensor): (B, N, C') float32, scaled, moved near the origin and
+            padded with zero channels; the fast search runs on these.
         norms (Tensor): (B, N) float32, squared norms of ``centred``.
         scale (Tensor): (B,) float64 power of two: tokens = exact * scale.
     """
@@ -58,25 +67,38 @@ def prepare(tokens: Tensor) -> Points:
     Returns:
         Points: The prepared tokens.
     """
-    exact = torch.nan_to_num(tokens.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    tokens = tokens.float()
+    look = is_readable(tokens)
+    low, high = tokens.amin(dim=1, keepdim=True), tokens.amax(dim=1, keepdim=True)
+    if not (look and (high - low).isfinite().all()):
+        tokens = torch.nan_to_num(tokens, nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = tokens.amin(dim=1, keepdim=True), tokens.amax(dim=1, keepdim=True)
+    mean = tokens.mean(dim=1, keepdim=True)
     if exporting():
         # Graph formats take no numbers apart; tokens of a trained network are
         # of sane size.
-        centred = exact - exact.mean(dim=1, keepdim=True)
-        scale = torch.ones(len(exact), dtype=torch.float64, device=exact.device)
-        return Points(exact, centred, centred.square().sum(dim=-1), scale)
-    exponent = torch.frexp(exact.abs().amax(dim=(1, 2), keepdim=True))[1]
-    # In two steps, because 2**-149 is a float32 and 2**149 is not.
-    half = exponent // 2
-    exact = torch.ldexp(torch.ldexp(exact, -half), half - exponent)
+        centred = tokens - mean
+        scale = torch.ones(len(tokens), dtype=torch.float64, device=tokens.device)
+        return Points(tokens.double(), centred, centred.square().sum(dim=-1), scale)
+    largest = torch.maximum(low.neg(), high).amax(dim=2, keepdim=True)
+    exponent = torch.frexp(largest)[1]
+    exponent = torch.where(exponent.abs() > MAX_EXPONENT, exponent, 0)
+    if not look or exponent.any():
+        # In two steps, because 2**-149 is a float32 and 2**149 is not.
+        half = exponent // 2
+        tokens, low, high = (
+            torch.ldexp(torch.ldexp(x, -half), half - exponent)
+            for x in (tokens, low, high)
+        )
+        mean = tokens.mean(dim=1, keepdim=True)
 
-    mean = exact.mean(dim=1, keepdim=True)
-    spread = (exact - mean).abs().amax(dim=(1, 2), keepdim=True)
+    spread = torch.maximum(high - mean, mean - low).amax(dim=2, keepdim=True)
     grid = torch.ldexp(torch.ones_like(spread), torch.frexp(spread)[1] - 5)
-    centred = exact - torch.round(mean / grid) * grid
-    centred = F.pad(centred, (0, -centred.shape[-1] % CHANNEL_MULTIPLE))
+    centred = tokens - torch.round(mean / grid) * grid
+    if centred.shape[-1] % CHANNEL_MULTIPLE:
+        centred = F.pad(centred, (0, -centred.shape[-1] % CHANNEL_MULTIPLE))
     scale = torch.exp2(exponent.double()).flatten()
-    return Points(exact, centred, centred.square().sum(dim=-1), scale)
+    return Points(tokens.double(), centred, centred.square().sum(dim=-1), scale)
 
 
 def nearest(
@@ -116,10 +138,32 @@ def nearest(
         key_centred = _take(key_centred, keys)
         norms = norms.gather(1, keys)
 
-    width = min(k + MARGIN, key_exact.shape[1])
-    search = _search_by_kernel if has_kernel(points.exact) else _search_by_blocks
-    found = search(query_centred, key_centred, norms, width, limits)
-    return _settle(query_exact, key_exact, found, k, limits)
+    batch, num_queries, _ = query_exact.shape
+    num_keys = key_exact.shape[1]
+    width = min(k + MARGIN, num_keys)
+    unsure = None
+    if has_kernel(points.exact):
+        found = _search_by_kernel(query_centred, key_centred, norms, width, limits)
+    elif is_readable(points.exact):
+        found, unsure, wide = _search_certified(
+            query_centred, key_centred, norms, k, width, limits
+        )
+    else:
+        found = _search(query_centred, key_centred, norms, width, limits)
+
+    starts = torch.arange(batch, device=found.device).mul(num_keys).unsqueeze(1)
+    starts = starts.expand(-1, num_queries).flatten()
+    query_exact, key_exact = query_exact.flatten(0, 1), key_exact.flatten(0, 1)
+    limits = None if limits is None else limits.flatten()
+    distances, found = _settle(
+        query_exact, key_exact, found.flatten(0, 1), starts, k, limits
+    )
+    if unsure is not None and len(unsure):
+        limits = None if limits is None else limits[unsure]
+        distances[unsure], found[unsure] = _settle(
+            query_exact[unsure], key_exact, wide, starts[unsure], k, limits
+        )
+    return distances.unflatten(0, (batch, -1)), found.unflatten(0, (batch, -1))
 
 
 def has_kernel(tokens: Tensor) -> bool:
@@ -130,6 +174,11 @@ def has_kernel(tokens: Tensor) -> bool:
 @cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec('triton') is not None
+
+
+def is_readable(tokens: Tensor) -> bool:
+    """Whether a look at their numbers may save work: a GPU would have to wait."""
+    return tokens.device.type == 'cpu' and not exporting()
 
 
 def exporting() -> bool:
@@ -152,7 +201,11 @@ def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tenso
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (B, Q) of ``values`` (B, N, C), as (B, Q, C)."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+    batch, length, _ = values.shape
+    # Whole rows are copied at once, which gather does not know.
+    starts = torch.arange(batch, device=index.device).mul(length).unsqueeze(1)
+    rows = (index + starts).flatten()
+    return values.flatten(0, 1).index_select(0, rows).unflatten(0, index.shape)
 
 
 def _ordered_pairs(values: Tensor, index: Tensor) -> Tensor:
@@ -175,59 +228,136 @@ def _smallest(values: Tensor, index: Tensor, k: int) -> Tensor:
 def _search_by_kernel(
     queries: Tensor, keys: Tensor, norms: Tensor, width: int, limits: Tensor | None
 ) -> Tensor:
-    """:func:`_search_by_blocks` on a GPU, with no distance in memory."""
+    """:func:`_search` on a GPU, with no distance in memory."""
+    # Triton takes long to import and not everybody has it.
     from .triton_nearest import search
 
     return search(queries, keys, norms, width, limits)
 
 
-def _search_by_blocks(
+def _search(
     queries: Tensor, keys: Tensor, norms: Tensor, width: int, limits: Tensor | None
 ) -> Tensor:
-    """Find the keys of least float32 distance, a block of rows at a time.
+    """Find the keys of least float32 distance, ties by position.
 
     Args:
         queries (Tensor): (B, Q, C) float32, centred.
         keys (Tensor): (B, M, C) float32, centred.
         norms (Tensor): (B, M) float32, squared norms of the keys.
-        width (int): Keys wanted per query, at most M.
+        width (int): Keys to find per query, at most M.
         limits (Tensor, optional): (B, Q) int64, keys from there on are out.
 
     Returns:
         Tensor: (B, Q, width) int64 positions among the keys, in no order;
         arbitrary, but at most M - 1, where fewer keys are in.
     """
+    shape = (*queries.shape[:2], width)
+    found = torch.empty(shape, dtype=torch.int64, device=queries.device)
+    for block, values in _blocks(queries, keys, norms, width, limits):
+        found[block] = _first_pairs(values, width)
+    return found.clamp_(max=keys.shape[1] - 1)
+
+
+def _search_certified(
+    queries: Tensor,
+    keys: Tensor,
+    norms: Tensor,
+    k: int,
+    width: int,
+    limits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_search`, but with fewer candidates where they suffice.
+
+    What is left out of the ``k + 1`` least float32 distances is at least the
+    last of them. Where that exceeds the ``k``-th by both their rounding
+    errors, nothing left out belongs to the ``k`` nearest, whatever the ties.
+    That is a look at the numbers, see :func:`is_readable`.
+
+    Args:
+        k (int): Keys that must be among those found.
+        width (int): Keys to find where ``k + 1`` do not suffice.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Positions (B, Q, min(k + 1, M)); the
+        rows, counted over all images, where they are too few (R,); and
+        positions for these rows (R, width).
+    """
+    last = keys.shape[1] - 1
+    narrow = min(k + 1, keys.shape[1])
+    # Twice the error of one distance. A product of C terms is off by at most
+    # C u |q| |k| with u = 2**-24, a norm likewise, and centring moved both ends
+    # by u of their size.
+    size = torch.linalg.vector_norm(queries, dim=-1)
+    size = size + norms.amax(dim=1, keepdim=True).sqrt()
+    error = size.square_().mul_((queries.shape[-1] + 8) * 2.0**-23)
+
+    found = torch.empty(*queries.shape[:2], narrow, dtype=torch.int64)
+    certain = torch.ones(queries.shape[:2], dtype=torch.bool)
+    wide = [found.new_empty(0, width)]
+    for block, values in _blocks(queries, keys, norms, width, limits):
+        nearest, found[block] = _least(values, narrow)
+        if narrow <= last:
+            # Not a number, where too few keys are in, is not certain either.
+            sure = nearest[..., -1] - nearest[..., k - 1] > error[block]
+            if not sure.all():
+                certain[block] = sure
+                wide.append(_first_pairs(values[~sure].unsqueeze(0), width)[0])
+    unsure = certain.flatten().logical_not_().nonzero().squeeze(1)
+    return found.clamp_(max=last), unsure, torch.cat(wide).clamp_(max=last)
+
+
+def _blocks(
+    queries: Tensor, keys: Tensor, norms: Tensor, width: int, limits: Tensor | None
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Float32 distances, a block of rows at a time, images one after another.
+
+    Args:
+        queries, keys, norms, width, limits: As :func:`_search`.
+
+    Yields:
+        tuple[tuple[slice, slice], Tensor]: Images and queries of the block,
+        and for each its squared distances less the query's own squared norm:
+        (images, rows, columns), infinite at keys that are out. Columns are a
+        multiple of ``RUN``, at least ``width``. The next block overwrites them.
+    """
     batch, num_queries, _ = queries.shape
-    num_keys = keys.shape[1]
-    pad = -num_keys % RUN
-    keys = F.pad(keys, (0, 0, 0, pad)).transpose(1, 2)
-    norms = F.pad(norms, (0, pad), value=float('inf'))
-    columns = num_keys + pad
+    pad = -keys.shape[1] % RUN
+    if pad:
+        keys = F.pad(keys, (0, 0, 0, pad))
+        norms = F.pad(norms, (0, pad), value=float('inf'))
+    keys = keys.transpose(1, 2)
+    columns = keys.shape[2]
 
     # The rows of a block do not depend on the batch, so that an image gets
     # the same matrix products alone and in company.
     budget = block_elements(queries)
     rows = max(1, min(num_queries, budget // columns))
     images = max(1, min(batch, budget // (rows * columns)))
-    found = torch.empty(
-        batch, num_queries, width, dtype=torch.int64, device=queries.device
-    )
+    # One buffer for all blocks: a fresh one is handed out page by page, which
+    # takes longer than to fill it.
+    buffer = None if exporting() else norms.new_empty(images * rows * columns)
     for b in range(0, batch, images):
         image = slice(b, b + images)
         for r in range(0, num_queries, rows):
             block = (image, slice(r, r + rows))
+            query = queries[block]
             limit = None if limits is None else limits[block]
-            if limit is not None and limit.device.type == 'cpu' and not exporting():
+            if limit is not None and is_readable(limit):
                 end = max(int(limit.max()), width)
                 columns = end + -end % RUN
-            found[block] = _candidates(
-                queries[block],
+            shape = (*query.shape[:2], columns)
+            # The query's own norm is the same along the row: it changes no order.
+            values = torch.baddbmm(
+                norms[image, None, :columns],
+                query,
                 keys[image, :, :columns],
-                norms[image, :columns],
-                width,
-                limit,
+                alpha=-2,
+                out=None if buffer is None else buffer[: math.prod(shape)].view(shape),
             )
-    return found.clamp_(max=num_keys - 1)
+            if limit is not None:
+                out = torch.arange(columns, device=limit.device) >= limit.unsqueeze(-1)
+                values.masked_fill_(out, float('inf'))
+            yield block, values
 
 
 def block_elements(tokens: Tensor) -> int:
@@ -238,31 +368,41 @@ def block_elements(tokens: Tensor) -> int:
     return BLOCK_ELEMENTS.get(tokens.device.type, BLOCK_ELEMENTS['cuda'])
 
 
-def _candidates(
-    queries: Tensor, keys: Tensor, norms: Tensor, width: int, limits: Tensor | None
-) -> Tensor:
-    """Columns of the ``width`` least float32 distances of every row.
+def _least(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The ``width`` least values of every row, rising, and their columns.
 
     Args:
-        queries (Tensor): (B, R, C) centred.
-        keys (Tensor): (B, C, M) centred, M a multiple of ``RUN``.
-        norms (Tensor): (B, M) squared norms of the keys, infinite at padding.
+        values (Tensor): (B, R, M) float32, M a multiple of ``RUN``.
+        width (int): Values wanted, at most M.
+
+    Returns:
+        tuple[Tensor, Tensor]: Values and columns, (B, R, width); ties by chance.
+    """
+    runs = values.unflatten(-1, (-1, RUN))
+    if runs.shape[2] <= width:
+        return values.topk(width, dim=-1, largest=False)
+    best = runs.amin(dim=-1).topk(width, dim=-1, largest=False, sorted=False)[1]
+    near = runs.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, RUN))
+    least, place = near.flatten(2).topk(width, dim=-1, largest=False)
+    return least, best.gather(2, place // RUN).mul_(RUN).add_(place % RUN)
+
+
+def _first_pairs(values: Tensor, width: int) -> Tensor:
+    """Columns of the ``width`` first pairs (value, column) of every row.
+
+    Args:
+        values (Tensor): (B, R, M) float32, M a multiple of ``RUN``.
         width (int): Columns wanted.
-        limits (Tensor, optional): (B, R), columns from there on are out.
 
     Returns:
         Tensor: (B, R, width) int64.
     """
-    # The query's own norm is the same along the row: it changes no order.
-    values = torch.baddbmm(norms.unsqueeze(1), queries, keys, alpha=-2)
     columns = torch.arange(values.shape[-1], device=values.device)
-    if limits is not None:
-        values.masked_fill_(columns >= limits.unsqueeze(-1), float('inf'))
     runs = values.shape[-1] // RUN
     if runs <= width or exporting():
         return _smallest(values, columns, width)
-    # The `width` first pairs (value, column) lie in the `width` runs whose
-    # own first pairs come first: runs are contiguous, so ties agree too.
+    # They lie in the `width` runs whose own first pairs come first: runs are
+    # contiguous, so ties agree too.
     values = values.unflatten(-1, (runs, RUN))
     columns = columns.view(runs, RUN)
     best = _smallest(values.amin(dim=-1), columns[:, 0] // RUN, width)
@@ -271,31 +411,42 @@ def _candidates(
 
 
 def _settle(
-    queries: Tensor, keys: Tensor, found: Tensor, k: int, limits: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    found: Tensor,
+    starts: Tensor,
+    k: int,
+    limits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Order candidates by float64 distance, ties by position, and keep ``k``.
 
     Args:
-        queries (Tensor): (B, Q, C) exact.
-        keys (Tensor): (B, M, C) exact.
-        found (Tensor): (B, Q, W) int64 candidate positions.
+        queries (Tensor): (Q, C) float64, of all images.
+        keys (Tensor): (M, C) float64, of all images.
+        found (Tensor): (Q, W) int64 candidate positions among the keys of the
+            query's image.
+        starts (Tensor): (Q,) int64, where the keys of that image start.
         k (int): Keys to keep, at most W.
-        limits (Tensor, optional): (B, Q), keys from there on are infinitely far.
+        limits (Tensor, optional): (Q,), keys from there on are infinitely far.
 
     Returns:
-        tuple[Tensor, Tensor]: As :func:`nearest`.
+        tuple[Tensor, Tensor]: Distances and positions (Q, k) as :func:`nearest`.
     """
     found = found.sort(dim=-1)[0]
-    batch, num_queries, width = found.shape
-    distances = torch.empty(found.shape, dtype=torch.float64, device=found.device)
-    rows = block_elements(queries) // (batch * width * queries.shape[-1])
-    rows = max(1, min(rows, num_queries))
-    for r in range(0, num_queries, rows):
+    total, width = found.shape
+    channels = queries.shape[-1]
+    distances = queries.new_empty(found.shape)
+    budget = block_elements(queries) // SETTLE_SHARE
+    rows = max(1, min(budget // (width * channels), total))
+    buffer = None if exporting() else keys.new_empty(rows * width, channels)
+    for r in range(0, total, rows):
         block = slice(r, r + rows)
-        near = _take(keys, found[:, block].flatten(1)).double()
-        near = near.unflatten(1, (-1, width))
-        near -= queries[:, block].unsqueeze(2)
-        distances[:, block] = near.square_().sum(dim=-1)
+        index = (found[block] + starts[block, None]).flatten()
+        out = None if buffer is None else buffer[: len(index)]
+        near = torch.index_select(keys, 0, index, out=out)
+        near = near.unflatten(0, (-1, width))
+        near -= queries[block].unsqueeze(1)
+        distances[block] = near.square_().sum(dim=-1)
     if limits is not None:
         distances = distances.masked_fill(found >= limits.unsqueeze(-1), float('inf'))
     distances, order = stable_sort(distances)

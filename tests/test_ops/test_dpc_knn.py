@@ -88,6 +88,33 @@ def test_far_from_the_origin(offset):
     check(randn(2, 80, 8) + offset, [5, 20])
 
 
+@pytest.mark.parametrize('shift', [0.0, 40.0])
+def test_tokens_that_float32_cannot_tell_apart(shift, monkeypatch):
+    """Many candidates at nearly one distance: the narrow search is not enough."""
+    ring = torch.nn.functional.normalize(randn(2, 300, 6), dim=-1)
+    tokens = torch.cat([torch.zeros(2, 40, 6), ring], dim=1) + shift
+    searched = []
+    real = nearest._first_pairs
+
+    def spy(values, width):
+        searched.append(values.shape[1])
+        return real(values, width)
+
+    monkeypatch.setattr(nearest, '_first_pairs', spy)
+    check(tokens, [5, 20])
+    assert sum(searched) >= 80  # the forty copies of zero, in both images
+
+
+def test_nearly_all_rows_take_the_narrow_search():
+    points = nearest.prepare(randn(1, 400, 16))
+    tokens = points.centred
+    found, unsure, wide = nearest._search_certified(
+        tokens, tokens, points.norms, 5, 8, None
+    )
+    assert found.shape == (1, 400, 6)
+    assert len(wide) == len(unsure) < 8
+
+
 def test_search_in_many_blocks(monkeypatch):
     tokens = randn(3, 200, 8)
     whole = check(tokens, [12, 50])

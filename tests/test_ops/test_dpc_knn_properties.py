@@ -77,6 +77,16 @@ def test_definition_in_any_budget(tokens, data, budget):
         check(tokens, data)
 
 
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(tokens=st.one_of(random_tokens(), tiny_integers()), data=st.data())
+def test_definition_without_a_look_at_numbers(tokens, data):
+    """The way of a GPU without Triton, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (nearest, dpc_module):
+            patch.setattr(user, 'is_readable', lambda _: False)
+        check(tokens, data)
+
+
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(tokens=random_tokens(longest=40), data=st.data())
 def test_definition_by_the_kernel(tokens, data):
@@ -87,6 +97,7 @@ def test_definition_by_the_kernel(tokens, data):
         patch.setattr(nearest, '_search_by_kernel', module.search)
         for user in (nearest, dpc_module):
             patch.setattr(user, 'has_kernel', lambda _: True)
+            patch.setattr(user, 'is_readable', lambda _: False)
         check(tokens, data)
 
 
