@@ -1,5 +1,6 @@
-"""Backbones, registered in the root registry of MMEngine."""
+"""Backbones and what their configs need."""
 
 from .clustr import ClusTR
+from .sequential_neck import SequentialNeck
 
-__all__ = ['ClusTR']
+__all__ = ['ClusTR', 'SequentialNeck']

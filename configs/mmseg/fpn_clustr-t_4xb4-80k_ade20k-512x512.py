@@ -3,13 +3,20 @@ _base_ = [
     'mmseg::_base_/datasets/ade20k.py',
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_80k.py',
+    '../_base_/pretrained.py',
 ]
 custom_imports = dict(imports=['clustr_mm'])
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
     pretrained=None,
-    backbone=dict(_delete_=True, type='ClusTR', arch='tiny', drop_path_rate=0.1),
+    backbone=dict(
+        _delete_=True,
+        type='ClusTR',
+        arch='tiny',
+        drop_path_rate=0.1,
+        init_cfg=_base_.pretrained,
+    ),
     neck=dict(in_channels=[64, 128, 256, 512]),
     decode_head=dict(num_classes=150),
 )
