@@ -154,7 +154,8 @@ def _memory_note(device: str) -> str:
         return 'Memory: the peak of what tensors take on the device.'
     return (
         'Memory: the peak resident size of a process that runs this case alone, '
-        'once; "imports" is what it held before the case was built.'
+        'once; "imports" is what it held before the case was built, and left out of '
+        'the ratio.'
     )
 
 

@@ -53,7 +53,7 @@ class Row:
         peak_mib (float, optional): Peak memory, see :class:`Usage`.
         imports_mib (float, optional): Part of it held before.
         speedup (float, optional): Duration of the baseline over this one.
-        memory_ratio (float, optional): Peak memory over the baseline's.
+        memory_ratio (float, optional): ``case_mib`` over the baseline's.
         split (list[StageSplit], optional): Parts of the forward pass.
         error (str, optional): Why numbers are missing.
     """
@@ -77,6 +77,13 @@ class Row:
     memory_ratio: float | None = None
     split: list[StageSplit] | None = None
     error: str | None = None
+
+    @property
+    def case_mib(self) -> float | None:
+        """Peak memory without what the imports of the process took."""
+        if self.peak_mib is None:
+            return None
+        return self.peak_mib - (self.imports_mib or 0)
 
     @classmethod
     def of(cls, case: Case) -> 'Row':
@@ -116,8 +123,8 @@ def add_ratios(rows: Sequence[Row], baselines: Mapping[str, str]) -> None:
         base = found.get(circumstances(row))
         if base and base.milliseconds and row.milliseconds:
             row.speedup = base.milliseconds / row.milliseconds
-        if base and base.peak_mib and row.peak_mib:
-            row.memory_ratio = row.peak_mib / base.peak_mib
+        if base and base.case_mib and row.case_mib:
+            row.memory_ratio = row.case_mib / base.case_mib
 
 
 def count_steps(groups: Sequence[Sequence[Case]], settings: Settings) -> int:
