@@ -35,7 +35,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): requirements/versions.txt requirements/openmmlab.txt requirements/dev.txt setup.py pyproject.toml
+$(INSTALLED): requirements/versions.txt requirements/openmmlab.txt requirements/dev.txt setup.py pyproject.toml clustr_mm/compat/clustr_mm.pth
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel cython
 	$(PIP) torch torchvision numpy opencv-python
@@ -45,4 +45,6 @@ $(INSTALLED): requirements/versions.txt requirements/openmmlab.txt requirements/
 # The same OpenCV without its windows, which need system libraries (libGL).
 	$(PIP) --no-deps --force-reinstall opencv-python-headless
 	$(PIP) --no-deps --editable .
+# A wheel brings the start-up file along, an editable installation does not.
+	cp clustr_mm/compat/clustr_mm.pth "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@

@@ -6,3 +6,7 @@ import torch
 # chosen before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
+
+# Variables that configs read would change what the tests see.
+for name in ('CLUSTR_CHECKPOINT', 'CLUSTR_IMG_SCALE'):
+    os.environ.pop(name, None)

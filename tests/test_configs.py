@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +12,31 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 import clustr_mm
 from clustr_mm.toy_data import make_toy_data
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-SEMANTIC_FPN = {
-    variant: CONFIGS / f'mmseg/fpn_clustr-{variant}_4xb4-80k_ade20k-512x512.py'
-    for variant in 'tsb'
-}
+ALL = sorted(p for p in CONFIGS.glob('*/*.py') if p.parent.name != '_base_')
+TINY = dict(
+    mmdet=CONFIGS / 'mmdet/mask-rcnn_clustr-t_fpn_1x_coco.py',
+    mmseg=CONFIGS / 'mmseg/fpn_clustr-t_4xb4-80k_ade20k-512x512.py',
+    mmpose=CONFIGS / 'mmpose/td-hm_clustr-t_8xb64-210e_coco-wholebody-256x192.py',
+    mmpretrain=CONFIGS / 'mmpretrain/clustr-t_8xb128_in1k.py',
+)
+
+
+def build(config):
+    """The model of a config."""
+    init_default_scope(config.default_scope)
+    return MODELS.build(config.model)
+
+
+def of_variant(pattern, variant):
+    """The config of a variant, loaded."""
+    return Config.fromfile(CONFIGS / pattern.format(variant))
 
 
 @pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg', 'mmpose', 'mmpretrain'])
@@ -28,22 +46,48 @@ def test_every_toolbox_builds_the_backbone(toolbox):
     assert isinstance(model, clustr_mm.ClusTR)
 
 
-@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*/*.py')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
 def test_every_config_builds_and_runs(path):
     config = Config.fromfile(path)
-    init_default_scope(config.default_scope)
-    model = MODELS.build(config.model).eval()
+    model = build(config).eval()
+    image = torch.zeros(1, 3, 64, 96)
     with torch.no_grad():
-        logits = model(torch.zeros(1, 3, 64, 64))
-    assert logits.shape == (1, 150, 16, 16)
+        maps = model.extract_feat(image)
+        if path.parent.name == 'mmdet':
+            assert [x.shape[2:] for x in maps[:2]] == (
+                [(16, 24), (8, 12)] if 'mask' in path.stem else [(8, 12), (4, 6)]
+            )
+            assert len(maps) == 5 and maps[0].shape[1] == 256
+        elif path.parent.name == 'mmseg':
+            assert model(image).shape == (1, 150, 16, 24)
+        elif path.parent.name == 'mmpose':
+            assert model.head(maps).shape == (1, 133, 16, 24)
+        else:
+            assert model.head(maps).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
+def test_names_tell_the_variant(path):
+    config = Config.fromfile(path)
+    variant = re.search(r'clustr-([tsb])', path.stem)[1]
+    backbone = MODELS.build(config.model.backbone)
+    assert backbone.arch_settings is clustr_mm.ClusTR.arch_zoo[variant]
+    window = config.model.backbone.get('cluster_window')
+    assert window == (224 if 'w224' in path.stem else None)
+    if 'toy' not in path.stem:
+        expected = 0.3 if variant == 'b' else 0.1
+        assert config.model.backbone.drop_path_rate == expected
+
+
+def test_variants_are_short():
+    for path in ALL:
+        if '-t_' not in path.stem and 'retinanet' not in path.stem:
+            assert len(path.read_text().splitlines()) < 15, path
 
 
 @pytest.mark.parametrize('variant', 'tsb')
 def test_semantic_fpn_recipe(variant):
-    config = Config.fromfile(SEMANTIC_FPN[variant])
-    backbone = MODELS.build(config.model.backbone)
-    assert backbone.arch_settings is clustr_mm.ClusTR.arch_zoo[variant]
-    assert config.model.neck.in_channels == list(backbone.arch_settings['embed_dims'])
+    config = of_variant('mmseg/fpn_clustr-{}_4xb4-80k_ade20k-512x512.py', variant)
     assert config.model.neck.out_channels == 256
     assert config.model.decode_head.channels == 128
     assert config.model.decode_head.num_classes == 150
@@ -63,54 +107,204 @@ def test_semantic_fpn_recipe(variant):
     )
 
 
-def test_variants_are_short():
-    for variant in 'sb':
-        assert len(SEMANTIC_FPN[variant].read_text().splitlines()) < 15
+@pytest.mark.parametrize('variant', 'tsb')
+def test_upernet_recipe(variant):
+    config = of_variant('mmseg/upernet_clustr-{}_8xb2-160k_ade20k-512x512.py', variant)
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay) == (6e-5, 0.01)
+    assert config.train_dataloader.batch_size * 8 == 16
+    assert config.train_cfg.max_iters == 160000
+    warm_up, schedule = config.param_scheduler
+    assert (warm_up.type, warm_up.begin, warm_up.end) == ('LinearLR', 0, 1500)
+    assert (schedule.type, schedule.power, schedule.end) == ('PolyLR', 1.0, 160000)
+    auxiliary = config.model.auxiliary_head
+    assert (auxiliary.in_index, auxiliary.loss_decode.loss_weight) == (2, 0.4)
+    assert 'norm' not in decayed(config)
 
 
-def mim(command, cwd, *arguments):
-    done = subprocess.run(
-        [sys.executable, '-m', 'mim', command, 'mmseg', *map(str, arguments)],
+@pytest.mark.parametrize('variant', ['t', 's', 'b', 't-w224', 's-w224', 'b-w224'])
+def test_mask_rcnn_recipe(variant):
+    config = of_variant('mmdet/mask-rcnn_clustr-{}_fpn_1x_coco.py', variant)
+    assert config.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=2e-4, weight_decay=1e-4
+    )
+    assert config.train_dataloader.batch_size * 8 == 16
+    assert config.train_cfg.max_epochs == 12
+    warm_up, schedule = config.param_scheduler
+    assert (warm_up.end, warm_up.by_epoch) == (500, False)
+    assert schedule.milestones == [8, 11]
+    for loader, step in ((config.train_dataloader, 2), (config.test_dataloader, 1)):
+        resize = loader.dataset.pipeline[step]
+        assert (resize.type, tuple(resize.scale)) == ('Resize', (1333, 800))
+
+
+@pytest.mark.parametrize(
+    ('path', 'size', 'sigma'),
+    [
+        ('td-hm_clustr-t_8xb64-210e_coco-wholebody-256x192', (192, 256), 2),
+        ('td-hm_clustr-s_8xb64-210e_coco-wholebody-256x192', (192, 256), 2),
+        ('td-hm_clustr-b_8xb64-210e_coco-wholebody-256x192', (192, 256), 2),
+        ('td-hm_clustr-s_8xb64-210e_coco-wholebody-384x288', (288, 384), 3),
+        ('td-hm_clustr-s_deconv-8xb64-210e_coco-wholebody-256x192', (192, 256), 2),
+    ],
+)
+def test_pose_recipe(path, size, sigma):
+    config = of_variant(f'mmpose/{path}.py', '')
+    assert config.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=5e-4, weight_decay=0.01
+    )
+    assert (config.train_dataloader.batch_size, config.train_cfg.max_epochs) == (
+        64,
+        210,
+    )
+    assert config.param_scheduler[0]['end'] == 500
+    assert config.param_scheduler[1]['milestones'] == [170, 200]
+    assert config.model.test_cfg.flip_test
+    for loader in (config.train_dataloader, config.test_dataloader):
+        steps = {step.type: step for step in loader.dataset.pipeline}
+        assert tuple(steps['TopdownAffine'].input_size) == size
+    encoder = config.train_dataloader.dataset.pipeline[6].encoder
+    for codec in (encoder, config.model.head.decoder):
+        assert tuple(codec.input_size) == size and codec.sigma == sigma
+        assert tuple(codec.heatmap_size) == (size[0] // 4, size[1] // 4)
+    assert config.test_dataloader.dataset.bbox_file.endswith(
+        'COCO_val2017_detections_AP_H_56_person.json'
+    )
+
+
+@pytest.mark.parametrize('variant', 'tsb')
+def test_imagenet_recipe(variant):
+    config = of_variant('mmpretrain/clustr-{}_8xb128_in1k.py', variant)
+    model = build(config)
+    parameters = dict(t=11_682_417, s=22_690_941, b=40_246_210)[variant]
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay) == (1e-3, 0.05)
+    assert config.train_dataloader.batch_size * 8 == 1024
+    assert config.train_dataloader.sampler.type == 'RepeatAugSampler'
+    assert config.train_cfg.max_epochs == 300
+    warm_up, schedule = config.param_scheduler
+    assert (warm_up['end'], warm_up['start_factor'] * optimizer.lr) == (5, 1e-6)
+    assert (schedule['type'], schedule['eta_min']) == ('CosineAnnealingLR', 1e-5)
+    assert [a.alpha for a in config.model.train_cfg.augments] == [0.8, 1.0]
+    clip = config.optim_wrapper.get('clip_grad')
+    assert clip == (dict(max_norm=1.0) if variant == 'b' else None)
+    kinds = decayed(config)
+    assert not {'norm', 'bias'} & kinds and 'weight' in kinds
+
+
+def decayed(config):
+    """Kinds of the backbone's parameters that the optimizer decays."""
+    model = build(config)
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    names = {id(p): name for name, p in model.named_parameters()}
+    norms = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, torch.nn.LayerNorm)
+        for p in module.parameters()
+    }
+    kinds = set()
+    for group in wrapper.optimizer.param_groups:
+        for parameter in group['params']:
+            name = names[id(parameter)]
+            if name.startswith('backbone.') and group['weight_decay']:
+                kind = 'norm' if id(parameter) in norms else name.rsplit('.', 1)[1]
+                kinds.add(kind)
+    return kinds
+
+
+def test_one_checkpoint_starts_every_task(tmp_path, monkeypatch):
+    """The classifier's file, named once in the environment."""
+    classifier = build(Config.fromfile(TINY['mmpretrain']))
+    file = tmp_path / 'epoch_300.pth'
+    torch.save(dict(meta={}, state_dict=classifier.state_dict()), file)
+    monkeypatch.setenv('CLUSTR_CHECKPOINT', str(file))
+    for toolbox in ('mmdet', 'mmseg', 'mmpose'):
+        model = build(Config.fromfile(TINY[toolbox]))
+        model.init_weights()
+        for name, value in model.backbone.state_dict().items():
+            assert torch.equal(value, classifier.backbone.state_dict()[name])
+
+    monkeypatch.setenv('CLUSTR_CHECKPOINT', str(tmp_path / 'absent.pth'))
+    model = build(Config.fromfile(TINY['mmseg']))
+    with pytest.raises(FileNotFoundError, match='absent.pth'):
+        model.init_weights()
+
+
+def mim(command, toolbox, cwd, *arguments, env=None):
+    return subprocess.run(
+        [sys.executable, '-m', 'mim', command, toolbox, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **(env or {})},
     )
+
+
+#: Toolbox -> toy task, where its data is looked for, a metric and its range, and
+#: what makes the run short.
+RUNS = dict(
+    mmdet=(
+        *('coco', 'data/coco', 'coco/segm_mAP', 1),
+        ['train_cfg.max_epochs=1'],
+    ),
+    mmseg=(
+        *('ade20k', 'data/ade/ADEChallengeData2016', 'mIoU', 100),
+        ['train_cfg.max_iters=2', 'train_cfg.val_interval=9'],
+    ),
+    mmpose=(
+        *('coco', 'data/coco', 'coco-wholebody/AP', 1),
+        ['train_cfg.max_epochs=1'],
+    ),
+    mmpretrain=(
+        *('imagenet', 'data/imagenet', 'accuracy/top1', 100),
+        ['train_cfg.max_epochs=1'],
+    ),
+)
+
+
+@pytest.mark.parametrize('toolbox', RUNS)
+def test_mim_train_and_test(toolbox, tmp_path):
+    """The real config, from a foreign directory, on data in its place."""
+    task, place, metric, most, shorter = RUNS[toolbox]
+    root, _ = make_toy_data(task, tmp_path / 'toy', 2, 2, 64, 0)
+    place = tmp_path / place
+    place.parent.mkdir(parents=True)
+    place.symlink_to(root)
+    config = TINY[toolbox]
+    shorter = [
+        *('--cfg-options', *shorter, 'default_hooks.logger.interval=1'),
+        *('train_dataloader.batch_size=1', 'train_dataloader.num_workers=0'),
+        *('train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0'),
+        *('val_dataloader.persistent_workers=False', 'test_dataloader.num_workers=0'),
+        'test_dataloader.persistent_workers=False',
+    ]
+    env = dict(CLUSTR_IMG_SCALE='160,96')
+    done = mim('train', toolbox, tmp_path, config, *shorter, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    work_dir = tmp_path / 'work_dirs' / config.stem
+    checkpoint = Path((work_dir / 'last_checkpoint').read_text())
+    losses = [float(x) for x in re.findall(r' loss: (\S+)', done.stdout + done.stderr)]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+
+    done = mim(
+        'test', toolbox, tmp_path, config, '--checkpoint', checkpoint,
+        '--work-dir', tmp_path / 'tested', *shorter, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (metrics,) = (tmp_path / 'tested').glob('*/*.json')
+    assert -1 <= json.loads(metrics.read_text())[metric] <= most
 
 
-def test_mim_train_and_test(tmp_path):
-    """The real config, from a foreign directory, on data in ADE20K's place."""
-    root, _ = make_toy_data('ade20k', tmp_path / 'toy', 2, 2, 64, 0)
+def test_foreign_checkpoint_is_no_result(tmp_path):
+    """It ends in the counted error, not in numbers."""
+    root, _ = make_toy_data('ade20k', tmp_path / 'toy', 1, 1, 64, 0)
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/ade').symlink_to(root.parent)
-    config = SEMANTIC_FPN['t']
-    shorter = [
-        *('--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=9'),
-        *('train_dataloader.batch_size=1', 'train_dataloader.num_workers=0'),
-        *('train_dataloader.persistent_workers=False', 'test_dataloader.num_workers=0'),
-        'test_dataloader.persistent_workers=False',
-        'default_hooks.logger.interval=1',
-    ]
-    output = mim('train', tmp_path, config, *shorter)
-    assert 'Iter(train) [2/2]' in output
-    checkpoint = tmp_path / 'work_dirs' / config.stem / 'iter_2.pth'
-    assert checkpoint.is_file()
-
-    output = mim(
-        'test', tmp_path, config, '--checkpoint', checkpoint,
-        '--work-dir', tmp_path / 'tested', *shorter,
-    )  # fmt: skip
-    (metrics,) = (tmp_path / 'tested').glob('*/*.json')
-    assert 0 <= json.loads(metrics.read_text())['mIoU'] <= 100
-
-    # A checkpoint of something else ends in the counted error, not in numbers.
     other = tmp_path / 'other.pth'
     torch.save(dict(state_dict={'backbone.conv1.weight': torch.zeros(1)}), other)
-    failed = subprocess.run(
-        [sys.executable, '-m', 'mim', 'test', 'mmseg', config, '--checkpoint', other],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    failed = mim('test', 'mmseg', tmp_path, TINY['mmseg'], '--checkpoint', other)
     assert failed.returncode != 0
     assert 'parameters match' in failed.stdout + failed.stderr

@@ -1,4 +1,9 @@
-"""Offers the stand-in for ``mmcv._ext`` to Python's import system."""
+"""Offers the stand-in for ``mmcv._ext`` to Python's import system.
+
+``clustr_mm.pth`` loads this file at the start of Python, because some stock scripts
+(``mim test mmdet``) import ``mmcv.ops`` before they read the config that names
+``clustr_mm``. So it uses the standard library only, and little of that.
+"""
 
 import importlib.util
 import sys
@@ -41,13 +46,12 @@ class StandInFinder(MetaPathFinder):
         return importlib.util.spec_from_file_location(_NAME, _STAND_IN)
 
 
-_FINDER = StandInFinder()
-
-
 def install_finder() -> None:
     """Append the finder to ``sys.meta_path`` unless it is there already."""
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.append(_FINDER)
+    # By name: at the start of Python this file is loaded as another module.
+    present = {type(finder).__name__ for finder in sys.meta_path}
+    if StandInFinder.__name__ not in present:
+        sys.meta_path.append(StandInFinder())
 
 
 def mmcv_ops_are_stand_in() -> bool:

@@ -38,5 +38,5 @@ param_scheduler = [
         end=5,
         convert_to_iter_based=True,
     ),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5, end=300),
 ]

@@ -746,15 +746,49 @@ def test_mmengine_finds_the_operators():
     assert Path(spec.origin).parent == Path(clustr_mm.__file__).parent / 'compat'
 
 
+def finders():
+    """Ours, loaded by the package or at the start of Python."""
+    name = StandInFinder.__name__
+    return [finder for finder in sys.meta_path if type(finder).__name__ == name]
+
+
+@stand_in_only
+def test_toolboxes_may_come_first():
+    """The start-up file offers the operators before the package is imported."""
+    code = (
+        'import sys, mmcv.ops\n'
+        'assert "clustr_mm" not in sys.modules\n'
+        'import clustr_mm\n'
+        'print([type(f).__name__ for f in sys.meta_path].count("StandInFinder"))\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, '1\n'), done.stderr
+
+
+def test_start_up_file_is_harmless_without_the_package(tmp_path):
+    start_up = Path(clustr_mm.__file__).parent / 'compat/clustr_mm.pth'
+    code = f'import site; site.addsitedir({str(tmp_path)!r}); import sys; print(1)'
+    (tmp_path / start_up.name).write_text(start_up.read_text())
+    done = subprocess.run(
+        [sys.executable, '-S', '-I', '-c', code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ('1\n', '')
+
+
 def test_activate_twice_changes_nothing():
     before = list(sys.meta_path)
     activate()
     assert sys.meta_path == before
-    assert sum(isinstance(finder, StandInFinder) for finder in before) == 1
+    assert len(finders()) == 1
 
 
 def test_finder_answers_for_one_name_only():
-    (finder,) = (f for f in sys.meta_path if isinstance(f, StandInFinder))
+    (finder,) = finders()
     assert finder.find_spec('mmcv._ext', None).name == 'mmcv._ext'
     for name in ('mmcv', 'mmcv._ext.nms', 'mmcv._flow_warp_ext', '_ext'):
         assert finder.find_spec(name, None) is None
