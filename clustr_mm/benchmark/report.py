@@ -15,7 +15,7 @@ from .runner import Row, Settings, add_ratios
 
 PACKAGES = (
     *('torch', 'numpy', 'mmengine', 'mmcv', 'mmcv-lite'),
-    *('mmdet', 'mmsegmentation', 'mmpretrain', 'clustr_mm'),
+    *('mmdet', 'mmsegmentation', 'mmpose', 'mmpretrain', 'clustr_mm'),
 )
 
 TITLES = {
