@@ -80,7 +80,7 @@ class Backbone:
     def build(self) -> nn.Module:
         """Build the backbone with random weights; nothing is downloaded."""
         self.load()
-        cfg = _without_weights(self.cfg)
+        cfg = without_weights(self.cfg)
         if self.scope is not None:
             cfg.setdefault('_scope_', self.scope)
         return MODELS.build(cfg)
@@ -136,14 +136,14 @@ def _read_config(path: Path) -> Backbone:
     )
 
 
-def _without_weights(cfg: Any) -> Any:
+def without_weights(cfg: Any) -> Any:
     """A copy of a config in which nothing asks for pretrained weights."""
     if isinstance(cfg, dict):
         return {
-            key: _without_weights(value)
+            key: without_weights(value)
             for key, value in cfg.items()
             if key not in ('init_cfg', 'pretrained')
         }
     if isinstance(cfg, (list, tuple)):
-        return type(cfg)(_without_weights(value) for value in cfg)
+        return type(cfg)(without_weights(value) for value in cfg)
     return cfg

@@ -51,7 +51,9 @@ def merge_tokens(
     if num_clusters < 1:
         raise ValueError(f'num_clusters must be at least 1, got {num_clusters}')
 
-    with torch.autocast(tokens.device.type, enabled=False):
+    # Autocast does not know the meta device.
+    kind = 'cpu' if tokens.is_meta else tokens.device.type
+    with torch.autocast(kind, enabled=False):
         wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         weights = weights.reshape(batch, length, 1).to(wide)
         # The weight rides along as one more channel: one pass for both sums.

@@ -1,0 +1,143 @@
+"""Counts of multiply-adds, against published figures and by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clustr_mm import ClusTR
+from clustr_mm.flops import count_flops, load_model, to_markdown
+from clustr_mm.ops import windows
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = dict(tiny=2.15, small=4.8, base=7.48)
+
+
+@pytest.mark.parametrize('arch', PUBLISHED)
+def test_published_figures(arch):
+    flops = count_flops(ClusTR(arch), 224, 224)
+    assert flops.published / 1e9 == pytest.approx(PUBLISHED[arch], rel=0.005)
+    # Without the products of one scale they are missed.
+    assert flops.layers / 1e9 == pytest.approx(PUBLISHED[arch], rel=0.045)
+
+
+@pytest.mark.parametrize(
+    ('size', 'layers', 'attention', 'clustering'),
+    [
+        ((224, 224), 4.60, 0.865, 2.41),
+        ((512, 512), 24.0, 23.6, 65.8),
+        ((800, 1344), 98.6, 397, 1106),
+    ],
+)
+def test_parts_of_small(size, layers, attention, clustering):
+    flops = count_flops(ClusTR('small'), *size)
+    parts = (flops.layers, flops.attention, flops.clustering)
+    for count, expected in zip(parts, (layers, attention, clustering)):
+        assert count / 1e9 == pytest.approx(expected, rel=0.005)
+    assert flops.total == sum(parts)
+
+
+def test_windows_cost_less():
+    whole = count_flops(ClusTR('tiny'), 512, 512)
+    windowed = count_flops(ClusTR('tiny', cluster_window=224), 512, 512)
+    # 3 x 3 windows of stage 1 and 2 instead of one map.
+    assert windowed.clustering < whole.clustering / 8
+    assert windowed.layers == pytest.approx(whole.layers, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ('name', 'giga'), [('resnet-50', 4.09), ('swin-t', 4.5), ('pvtv2-b2', 4.0)]
+)
+def test_peers(name, giga):
+    _, model = load_model(name)
+    flops = count_flops(model, 224, 224)
+    assert flops.total / 1e9 == pytest.approx(giga, rel=0.02)
+    assert flops.clustering == 0 and flops.published is None
+
+
+def test_by_hand():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.linear = nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.conv(x).flatten(2).transpose(1, 2)
+            torch.baddbmm(torch.zeros(1, device=x.device), x, x.transpose(1, 2))
+            nn.functional.scaled_dot_product_attention(x, x, x)
+            return self.linear(x)
+
+    for device_of in (lambda net: net, with_head):
+        flops = count_flops(device_of(Net()), 6, 10)
+        assert flops.layers == 60 * (3 * 4 * 9 + 4 * 5)
+        assert flops.attention == 60 * 60 * 4 * 3
+
+
+def with_head(net):
+    """What makes a model be counted on the CPU."""
+    net.bbox_head = nn.Identity()
+    return net
+
+
+def test_the_model_is_left_as_it_was():
+    model = ClusTR('tiny').train()
+    count_flops(model, 64, 64)
+    assert model.training
+    assert all(p.device.type == 'cpu' for p in model.parameters())
+    assert windows.dpc_knn.__module__ == 'clustr_mm.ops.dpc_knn'
+
+
+@pytest.mark.parametrize(
+    ('config', 'parts'),
+    [
+        ('mmdet/mask-rcnn_clustr-t_fpn_1x_coco.py', 31.32e6),
+        ('mmdet/retinanet_clustr-s_fpn_1x_coco.py', 32.41e6),
+        ('mmseg/upernet_clustr-t_8xb2-160k_ade20k-512x512.py', 41.48e6),
+        ('mmpose/td-hm_clustr-t_8xb64-210e_coco-wholebody-256x192.py', 14.07e6),
+        ('mmpretrain/clustr-t_8xb128_in1k.py', 11_682_417),
+    ],
+)
+def test_whole_models(config, parts):
+    name, model = load_model(str(ROOT / 'configs' / config))
+    _, backbone = load_model(str(ROOT / 'configs' / config), whole=False)
+    whole, part = (count_flops(m, 96, 64, name) for m in (model, backbone))
+    assert whole.parameters == pytest.approx(parts, rel=0.001)
+    assert whole.clustering == part.clustering > 0
+    assert whole.attention == part.attention
+    assert whole.layers > part.layers
+
+
+def test_table():
+    flops = count_flops(ClusTR('tiny'), 64, 32, 'a')
+    row = to_markdown([flops]).splitlines()[2]
+    assert row.startswith('| a | 64x32 | 11.17 | ')
+    assert row.count('|') == 9
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / 'flops.json'
+    tool = [sys.executable, str(ROOT / 'tools/get_flops.py')]
+    done = subprocess.run(
+        [*tool, 'small', 'resnet-50', '--shape', '224', '--out', out],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert '| small | 224x224 | 22.18 | 4.60 | 0.87 | 2.41 |' in done.stdout
+    small, resnet = json.loads(out.read_text())
+    assert small['parameters'] == 22_177_941 and resnet['attention'] == 0
+
+    for arguments, message in [
+        (['nothing'], "unknown backbone 'nothing'"),
+        (['tiny', '--shape', '0', '5'], 'at least 1 x 1, got 0 x 5'),
+        (['tiny', '--shape', '1', '2', '3'], 'one or two numbers'),
+    ]:
+        done = subprocess.run(
+            [*tool, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0 and message in done.stderr
+        assert 'Traceback' not in done.stderr
