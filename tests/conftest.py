@@ -1,6 +1,11 @@
 import os
 
-import torch
+# Tests run side by side: one thread each, for their subprocesses as well, or they
+# would wait for each other. Read when torch is imported.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import torch  # noqa: E402
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be
 # chosen before anything imports Triton.

@@ -295,7 +295,12 @@ def test_mim_train_and_test(toolbox, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (metrics,) = (tmp_path / 'tested').glob('*/*.json')
-    assert -1 <= json.loads(metrics.read_text())[metric] <= most
+    value = json.loads(metrics.read_text()).get(metric)
+    if value is None:  # after two iterations a detector may see nothing
+        assert toolbox == 'mmdet'
+        assert 'results of the whole dataset is empty' in done.stdout + done.stderr
+    else:
+        assert -1 <= value <= most
 
 
 def test_foreign_checkpoint_is_no_result(tmp_path):
