@@ -5,7 +5,7 @@ import os
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import torch  # noqa: E402
+import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be
 # chosen before anything imports Triton.
