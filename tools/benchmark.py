@@ -27,13 +27,13 @@ from rich.progress import (
 )
 
 from clustr_mm.benchmark import (
-    PRESETS,
     BackboneCase,
     OperatorCase,
     Report,
     Settings,
     SweepCase,
     find_backbone,
+    presets,
     run,
 )
 from clustr_mm.benchmark.cases import OPERATORS, SWEEP_WINDOWS
@@ -65,7 +65,7 @@ def make_parser() -> Parser:
     add(
         '--backbones',
         nargs='+',
-        help=f'presets ({", ".join(PRESETS)}; -w<pixels> takes any number) or '
+        help=f'presets ({", ".join(presets())}; -w<pixels> takes any number) or '
         f'config files; by default {" ".join(BACKBONES)}, unless --operator or '
         '--sweep is given',
     )

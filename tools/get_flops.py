@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from clustr_mm.benchmark.backbones import PRESETS
+from clustr_mm.benchmark.backbones import presets
 from clustr_mm.benchmark.report import write_whole
 from clustr_mm.flops import count_flops, load_model, to_markdown
 
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
         'models',
         nargs='+',
         metavar='CONFIG|ARCH',
-        help=f'tiny, small, base, a preset ({", ".join(PRESETS)}), or a config file',
+        help=f'tiny, small, base, a preset ({", ".join(presets())}), or a config file',
     )
     parser.add_argument(
         '--shape',

@@ -11,6 +11,8 @@ from mmengine.registry import MODELS
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
+from ..models import PyramidBackbone
+
 #: Stock peers of about the size of ClusTR-small, by their toolbox.
 PEERS = {
     'pvtv2-b2': (
@@ -42,15 +44,29 @@ PEERS = {
     ),
 }
 
-CLUSTR = re.compile(
-    r'clustr-(?P<arch>[tsb])(-w(?P<window>[1-9]\d*))?(?P<textbook>-textbook)?'
+#: Our own backbones: <type>-<arch>, and what only some of them know.
+OURS = re.compile(
+    r'(?P<type>[a-z]+)-(?P<arch>[a-z0-9]+)'
+    r'(-w(?P<window>[1-9]\d*))?(?P<textbook>-textbook)?'
 )
 
-#: What can be asked for by name, for messages; 224 stands for any number.
-PRESETS = (
-    *('clustr-t', 'clustr-s', 'clustr-b', 'clustr-s-w224', 'clustr-s-textbook'),
-    *PEERS,
-)
+
+def our_types() -> dict[str, type[PyramidBackbone]]:
+    """The backbones of this package, by their names in lower case."""
+    return {cls.__name__.lower(): cls for cls in PyramidBackbone.__subclasses__()}
+
+
+def presets() -> tuple[str, ...]:
+    """What can be asked for by name, for messages; 224 stands for any number."""
+    ours = []
+    for name, cls in our_types().items():
+        # Of several names of one size, the shortest.
+        sizes = {id(size): arch for arch, size in cls.arch_zoo.items()}
+        for arch, size in cls.arch_zoo.items():
+            if len(arch) < len(sizes[id(size)]):
+                sizes[id(size)] = arch
+        ours += [f'{name}-{arch}' for arch in sizes.values()]
+    return (*ours, 'clustr-s-w224', 'clustr-s-textbook', *PEERS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def find_backbone(name: str) -> Backbone:
     """Look up a preset, or read a config file of any OpenMMLab toolbox.
 
     Args:
-        name (str): One of ``PRESETS``, where ClusTR takes the suffixes
+        name (str): One of :func:`presets`, where ClusTR takes the suffixes
             ``-w<pixels>`` (clustering in windows) and ``-textbook``; or the
             path of a config whose ``model``, or the ``backbone`` in it, is
             a registered backbone.
@@ -104,16 +120,18 @@ def find_backbone(name: str) -> Backbone:
     if name in PEERS:
         scope, cfg = PEERS[name]
         return Backbone(name, cfg, scope)
-    preset = CLUSTR.fullmatch(name)
-    if preset:
-        window = preset['window'] and int(preset['window'])
-        cfg = dict(type='ClusTR', arch=preset['arch'], cluster_window=window)
+    preset = OURS.fullmatch(name)
+    cls = preset and our_types().get(preset['type'])
+    if cls and preset['arch'] in cls.arch_zoo:
+        cfg = dict(type=cls.__name__, arch=preset['arch'])
+        if preset['window']:
+            cfg['cluster_window'] = int(preset['window'])
         return Backbone(name, cfg, textbook=bool(preset['textbook']))
     if Path(name).is_file():
         return _read_config(Path(name))
     raise ValueError(
         f'unknown backbone {name!r}: neither a config file nor one of '
-        f'{", ".join(PRESETS)}'
+        f'{", ".join(presets())}'
     )
 
 

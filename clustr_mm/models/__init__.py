@@ -1,6 +1,14 @@
-"""Backbones and what their configs need."""
+"""Backbones, each in a file of its own, and what their configs need."""
+
+import importlib
+import pkgutil
 
 from .clustr import ClusTR
+from .pyramid import PyramidBackbone
 from .sequential_neck import SequentialNeck
 
-__all__ = ['ClusTR', 'SequentialNeck']
+# A new backbone registers itself: its file here is all that it takes.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f'{__name__}.{_module.name}')
+
+__all__ = ['ClusTR', 'PyramidBackbone', 'SequentialNeck']

@@ -169,3 +169,32 @@ def attend(q: Tensor, kv: Tensor, num_heads: int, drop_rate: float = 0.0) -> Ten
     k, v = (split_heads(part, num_heads) for part in kv.chunk(2, dim=-1))
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)
     return x.transpose(1, 2).flatten(2)
+
+
+class FullAttention(nn.Module):
+    """Multi-head attention of all tokens to all tokens.
+
+    Args:
+        embed_dims (int): Channels C of the tokens.
+        num_heads (int): Attention heads, a divisor of C.
+        attn_drop_rate (float): Dropout of the attention weights.
+        drop_rate (float): Dropout of the output.
+    """
+
+    def __init__(
+        self, embed_dims: int, num_heads: int, attn_drop_rate: float, drop_rate: float
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop_rate = attn_drop_rate
+        self.q = nn.Linear(embed_dims, embed_dims)
+        self.kv = nn.Linear(embed_dims, 2 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Map tokens (B, h * w, C) to tokens of the same shape."""
+        q = split_heads(self.q(x), self.num_heads)
+        drop_rate = self.attn_drop_rate if self.training else 0.0
+        x = attend(q, self.kv(x), self.num_heads, drop_rate)
+        return self.drop(self.proj(x))

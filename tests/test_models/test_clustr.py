@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clustr_mm import ClusTR
-from clustr_mm.models import clustr
+from clustr_mm.models import layers, pyramid
 from clustr_mm.models.clustr import ClusteredAttention
 from clustr_mm.ops import dpc_knn, windows
 
@@ -161,7 +161,7 @@ def test_full_attention_where_nothing_is_merged():
     arch = {**ARCH, 'sr_ratios': [8, 4, 1, 1]}
     model = ClusTR(arch)
     kinds = [type(stage.blocks[0].attn) for stage in model.stages]
-    assert kinds == [ClusteredAttention] * 2 + [clustr.FullAttention] * 2
+    assert kinds == [ClusteredAttention] * 2 + [layers.FullAttention] * 2
 
 
 # ---- clustered attention against its definition
@@ -256,7 +256,7 @@ def test_drop_path_grows_linearly():
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
-    drop = clustr.DropPath(0.25).train()
+    drop = layers.DropPath(0.25).train()
     out = drop(torch.ones(4000, 3, 2))
     values = out[:, 0, 0]
     assert torch.equal(out, values[:, None, None].expand_as(out))
@@ -304,13 +304,13 @@ def test_with_cp_equals_plain():
 
 def test_with_cp_recomputes_without_reentrance(monkeypatch):
     calls = []
-    real = clustr.checkpoint
+    real = pyramid.checkpoint
 
     def spy(*args, **kwargs):
         calls.append(kwargs)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(clustr, 'checkpoint', spy)
+    monkeypatch.setattr(pyramid, 'checkpoint', spy)
     model = random_model(with_cp=True)
     with torch.no_grad():
         model(randn(1, 3, 32, 32))
