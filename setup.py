@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -5,18 +6,26 @@ from setuptools.command.build_py import build_py
 
 
 class BuildPy(build_py):
-    """Puts the start-up file beside the package, for which setup() has no field."""
+    """Adds to a wheel what setup() has no field for.
+
+    The start-up file goes beside the package; configs and tools go to
+    ``clustr_mm/.mim``, where OpenMMLab packages have theirs.
+    """
 
     START_UP = 'clustr_mm/compat/clustr_mm.pth'
+    FOLDERS = ('configs', 'tools')
 
     def run(self) -> None:
         super().run()
-        if not getattr(self, 'editable_mode', False):
-            self.copy_file(self.START_UP, self.build_lib)
-
-    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        outputs = super().get_outputs(include_bytecode)
-        return [*outputs, str(Path(self.build_lib, Path(self.START_UP).name))]
+        if getattr(self, 'editable_mode', False):
+            return
+        self.copy_file(self.START_UP, self.build_lib)
+        for folder in self.FOLDERS:
+            target = Path(self.build_lib, 'clustr_mm/.mim', folder)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(
+                folder, target, ignore=shutil.ignore_patterns('__pycache__')
+            )
 
 
 setup(
