@@ -89,8 +89,12 @@ class ClusteredAttention(nn.Module):
 
     def merge(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
         """Cluster and merge tokens (B, N, C) to (B, M1, C) and (B, M2, C)."""
+        # Not by a matrix product: one of a single column rounds differently from
+        # row to row, so that equal tokens would get different weights.
+        scores = (x * self.importance.weight[0]).sum(dim=-1, keepdim=True)
+        scores = scores + self.importance.bias
         # In float32, or exp() of a score above 11 overflows in float16.
-        weights = self.importance(x).float().clamp(max=MAX_IMPORTANCE).exp()
+        weights = scores.float().clamp(max=MAX_IMPORTANCE).exp()
         merged = []
         for labels, count in zip(*self.cluster(x, hw)):
             if count == x.shape[1]:

@@ -95,7 +95,8 @@ class PyramidBackbone(BaseModule):
 
     Args:
         arch (str | dict): A key of ``arch_zoo``, or a dict of equally long
-            sequences, one entry per stage, with the keys ``arch_keys``.
+            sequences, one entry per stage, with the keys ``arch_keys``; those in
+            ``arch_numbers`` are one number instead.
         in_channels (int): Channels of the input. Defaults to 3.
         drop_rate (float): Dropout after attention and in the feed-forward
             layers, in [0, 1). Defaults to 0.
@@ -127,6 +128,9 @@ class PyramidBackbone(BaseModule):
 
     #: Entries of an ``arch`` dict.
     arch_keys: tuple[str, ...] = ('embed_dims', 'depths')
+
+    #: Those of them that are one number for the whole network.
+    arch_numbers: tuple[str, ...] = ()
 
     #: Parameter names of public code, as (pattern, replacement); ``{}`` in a
     #: replacement is the stage's number less one.
@@ -238,12 +242,18 @@ class PyramidBackbone(BaseModule):
             raise ValueError(
                 f'arch must be a dict with the keys {list(cls.arch_keys)}, got {keys}'
             )
-        lengths = {key: len(arch[key]) for key in cls.arch_keys}
+        for key in cls.arch_numbers:
+            if not isinstance(arch[key], int) or arch[key] < 1:
+                raise ValueError(
+                    f'arch {key} must be a positive number, got {arch[key]}'
+                )
+        sequences = [key for key in cls.arch_keys if key not in cls.arch_numbers]
+        lengths = {key: len(arch[key]) for key in sequences}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(
                 f'arch entries must be equally long and not empty, got {lengths}'
             )
-        for key in cls.arch_keys:
+        for key in sequences:
             if min(arch[key]) <= 0:
                 raise ValueError(f'arch {key} must be positive, got {arch[key]}')
         for dims, heads in zip(arch['embed_dims'], arch.get('num_heads', ())):
@@ -280,6 +290,8 @@ class PyramidBackbone(BaseModule):
                 f'input must have shape (B, {self.in_channels}, H, W) with no '
                 f'empty axis, got {tuple(x.shape)}'
             )
+        # Other layouts would take other convolution kernels and round differently.
+        x = x.contiguous()
         outs = []
         for index, stage in enumerate(self.stages):
             x = stage(x)
