@@ -76,10 +76,8 @@ def _fake_dpc_knn(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[T
 _LIBRARY = torch.library.Library('clustr_mm', 'DEF')
 _LIBRARY.define('dpc_knn(Tensor tokens, SymInt[] num_clusters, int k) -> Tensor[]')
 _LIBRARY.impl('dpc_knn', _dpc_knn, 'CompositeExplicitAutograd')
-# impl_abstract became register_fake in torch 2.4.
-_register_fake = getattr(torch.library, 'register_fake', None)
-_register_fake = _register_fake or torch.library.impl_abstract
-_register_fake('clustr_mm::dpc_knn', _fake_dpc_knn, lib=_LIBRARY)
+# What torch.compile and the meta device run; register_fake came with torch 2.4.
+_LIBRARY.impl('dpc_knn', _fake_dpc_knn, 'Meta')
 
 
 def _check(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[int]:
