@@ -31,9 +31,11 @@ def _count_attention(
     return sdpa_flop_count(query, key, value)
 
 
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention
-}
+# Not there before torch 2.2.
+_NAME = '_scaled_dot_product_flash_attention_for_cpu'
+CPU_ATTENTION = {}
+if hasattr(torch.ops.aten, _NAME):
+    CPU_ATTENTION[getattr(torch.ops.aten, _NAME)] = _count_attention
 
 
 @dataclass

@@ -4,6 +4,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -173,7 +174,10 @@ def has_kernel(tokens: Tensor) -> bool:
 
 @cache
 def _triton_is_installed() -> bool:
-    return importlib.util.find_spec('triton') is not None
+    # Triton 3, without an import of it, which takes long.
+    spec = importlib.util.find_spec('triton')
+    folders = spec.submodule_search_locations if spec else None
+    return any(Path(folder, 'backends').is_dir() for folder in folders or ())
 
 
 def is_readable(tokens: Tensor) -> bool:

@@ -53,6 +53,7 @@ def message_hub() -> MessageHub:
     return hub
 
 
+@restricted
 def test_message_hub(tmp_path):
     file = tmp_path / 'epoch_1.pth'
     torch.save(dict(message_hub=message_hub().state_dict()), file)
@@ -95,6 +96,7 @@ def toy_runner(folder: Path, epochs: int, **kwargs) -> Runner:
     )
 
 
+@restricted
 def test_runner_resumes(tmp_path):
     toy_runner(tmp_path, 1, experiment_name='test_safe_load_1').train()
     checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)

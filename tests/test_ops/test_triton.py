@@ -23,6 +23,9 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+pytestmark = pytest.mark.skipif(
+    not nearest._triton_is_installed(), reason='no Triton 3'
+)
 interpreted = pytest.mark.skipif(
     'TRITON_INTERPRET' not in os.environ, reason='Triton compiles for the GPU here'
 )
