@@ -666,6 +666,7 @@ def test_deform_convs_half(dtype):
     assert_same_with_gradients(output, expected, half, exact)
 
 
+@stand_in_only  # the compiled one takes no gradient of this layout
 def test_deform_conv_parameter_gradient_accumulates_and_scales():
     geometry = GEOMETRIES[0]
     input, offset, weight, _, _ = deform_tensors(geometry)
