@@ -16,6 +16,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 import clustr_mm
+from clustr_mm.benchmark.backbones import our_types
 from clustr_mm.toy_data import make_toy_data
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -67,21 +68,24 @@ def test_every_config_builds_and_runs(path):
 
 
 @pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
-def test_names_tell_the_variant(path):
+def test_names_tell_the_backbone(path):
     config = Config.fromfile(path)
-    variant = re.search(r'clustr-([tsb])', path.stem)[1]
+    kinds = '|'.join(our_types())
+    kind, arch = re.search(rf'(?:^|_)({kinds})-([a-z0-9]+)', path.stem).groups()
     backbone = MODELS.build(config.model.backbone)
-    assert backbone.arch_settings is clustr_mm.ClusTR.arch_zoo[variant]
+    cls = our_types()[kind]
+    assert type(backbone) is cls
+    assert backbone.arch_settings is cls.arch_zoo[arch]
     window = config.model.backbone.get('cluster_window')
     assert window == (224 if 'w224' in path.stem else None)
-    if 'toy' not in path.stem:
-        expected = 0.3 if variant == 'b' else 0.1
+    if kind == 'clustr' and 'toy' not in path.stem:
+        expected = 0.3 if arch == 'b' else 0.1
         assert config.model.backbone.drop_path_rate == expected
 
 
 def test_variants_are_short():
     for path in ALL:
-        if '-t_' not in path.stem and 'retinanet' not in path.stem:
+        if 'clustr-t_' not in path.stem and 'retinanet' not in path.stem:
             assert len(path.read_text().splitlines()) < 15, path
 
 

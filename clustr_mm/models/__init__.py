@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from .clustr import ClusTR
+from .dual_vit import DualViT
 from .pyramid import PyramidBackbone
 from .sequential_neck import SequentialNeck
 
@@ -11,4 +12,4 @@ from .sequential_neck import SequentialNeck
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f'{__name__}.{_module.name}')
 
-__all__ = ['ClusTR', 'PyramidBackbone', 'SequentialNeck']
+__all__ = ['ClusTR', 'DualViT', 'PyramidBackbone', 'SequentialNeck']

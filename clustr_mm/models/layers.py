@@ -90,6 +90,34 @@ class PatchEmbed(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
 
 
+class FFN(nn.Module):
+    """Feed-forward layer of single tokens: ``fc2(act(fc1(x)))``.
+
+    Args:
+        embed_dims (int): Channels of the tokens.
+        hidden_dims (int): Channels after ``fc1``.
+        drop_rate (float): Dropout after the activation and at the end.
+        act (nn.Module, optional): Activation. None stands for GELU.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        hidden_dims: int,
+        drop_rate: float = 0.0,
+        act: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.act = act or nn.GELU()
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, N, C) to tokens of the same shape."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
 class ConvFFN(nn.Module):
     """Feed-forward layer with a depth-wise 3x3 convolution in the middle.
 

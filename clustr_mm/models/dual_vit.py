@@ -1,0 +1,554 @@
+"""Dual-ViT backbone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import (
+    FFN,
+    ConvFFN,
+    DropPath,
+    FullAttention,
+    PatchEmbed,
+    attend,
+    build_norm,
+    split_heads,
+)
+from .pyramid import PyramidBackbone, Stage, run_block
+
+#: Stages whose pixels and semantics attend to each other; later ones merge them.
+DUAL_STAGES = 2
+
+#: Learned queries per side of their grid, and pixels of the first stage per
+#: semantic token: an image of 224 pixels has as many tokens as queries.
+GRID = 8
+POOLING = 7
+
+#: What the scales of all branches start from.
+SCALE = 1e-6
+
+
+def make_scale(embed_dims: int) -> nn.Parameter:
+    """Learned scale of a branch, one number per channel."""
+    return nn.Parameter(torch.full((embed_dims,), SCALE))
+
+
+class StemPatchEmbed(PatchEmbed):
+    """Patch embedding of stride 4: three convolutions, then a strided one.
+
+    Args:
+        in_channels (int): Channels of the image.
+        stem_width (int): Channels of the first three convolutions.
+        embed_dims (int): Channels of the tokens.
+        norm_cfg (dict): Norm of the tokens.
+    """
+
+    def __init__(
+        self, in_channels: int, stem_width: int, embed_dims: int, norm_cfg: dict
+    ) -> None:
+        super().__init__(stem_width, embed_dims, 3, 2, norm_cfg)
+        layers = []
+        for kernel_size, stride in [(7, 2), (3, 1), (3, 1)]:
+            layers += [
+                nn.Conv2d(
+                    in_channels,
+                    stem_width,
+                    kernel_size,
+                    stride,
+                    kernel_size // 2,
+                    bias=False,
+                ),
+                nn.BatchNorm2d(stem_width),
+                nn.ReLU(inplace=True),
+            ]
+            in_channels = stem_width
+        self.stem = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Map (B, C, H, W) to tokens (B, h * w, embed_dims) and (h, w)."""
+        return super().forward(self.stem(x))
+
+
+class SemanticTokens(nn.Module):
+    """The first semantic tokens: learned queries and the pooled map, fused.
+
+    The map is averaged over squares of 7 x 7 pixels, as many as fit, or over
+    what there is of a side below 7. The queries, an 8 x 8 grid, are resized to
+    as many and attend to the pooled pixels with a single head. Both are added
+    with channel-wise weights, a softmax over the two (Dual-ViT, arXiv
+    2207.04976).
+
+    Args:
+        embed_dims (int): Channels C of the tokens.
+        attn_drop_rate (float): Dropout of the attention weights.
+        norm_cfg (dict): Norm of the queries and of the result.
+    """
+
+    def __init__(self, embed_dims: int, attn_drop_rate: float, norm_cfg: dict) -> None:
+        super().__init__()
+        self.attn_drop_rate = attn_drop_rate
+        self.queries = nn.Parameter(torch.empty(GRID**2, embed_dims))
+        nn.init.trunc_normal_(self.queries, std=0.02)
+        self.q_norm = build_norm(norm_cfg, embed_dims)
+        self.q = nn.Linear(embed_dims, embed_dims)
+        self.kv = nn.Linear(embed_dims, 2 * embed_dims)
+        self.fuse = nn.Sequential(
+            nn.Linear(embed_dims, embed_dims),
+            nn.ReLU(),
+            nn.Linear(embed_dims, 2 * embed_dims),
+        )
+        self.norm = build_norm(norm_cfg, embed_dims)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Map pixels (B, h * w, C) to semantics (B, M, C)."""
+        x = x.transpose(1, 2).unflatten(2, hw)
+        pooled = F.avg_pool2d(x, [min(POOLING, side) for side in hw], POOLING)
+        grid = self.queries.transpose(0, 1).view(1, -1, GRID, GRID)
+        queries = F.interpolate(
+            grid, pooled.shape[2:], mode='bicubic', align_corners=False
+        )
+        pooled, queries = (y.flatten(2).transpose(1, 2) for y in (pooled, queries))
+        q = self.q(self.q_norm(queries)).expand_as(pooled)
+        drop_rate = self.attn_drop_rate if self.training else 0.0
+        attended = attend(split_heads(q, 1), self.kv(pooled), 1, drop_rate)
+        weights = self.fuse((attended + pooled).mean(dim=1, keepdim=True))
+        first, second = weights.unflatten(2, (2, -1)).softmax(dim=2).unbind(2)
+        return self.norm(first * attended + second * pooled)
+
+
+class SemanticEmbed(nn.Module):
+    """Linear layer and norm that bring semantics to the width of a stage.
+
+    Args:
+        in_channels (int): Channels of the stage before.
+        embed_dims (int): Channels of the result.
+        norm_cfg (dict): Norm of the result.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, embed_dims)
+        self.norm = build_norm(norm_cfg, embed_dims)
+
+    def forward(self, semantics: Tensor) -> Tensor:
+        """Map (B, M, in_channels) to (B, M, embed_dims)."""
+        return self.norm(self.proj(semantics))
+
+
+class DualAttention(nn.Module):
+    """Semantics attend to themselves and to the pixels, the pixels to them.
+
+    Its cost is linear in the number of pixels (Dual-ViT, arXiv 2207.04976).
+
+    Args:
+        embed_dims (int): Channels C of the tokens.
+        num_heads (int): Attention heads, a divisor of C.
+        attn_drop_rate (float): Dropout of the attention weights.
+        drop_rate (float): Dropout of the pixels' output and in the feed-forward
+            layer of the semantics.
+        drop_path_rate (float): Stochastic depth of the semantics' branches.
+        norm_cfg (dict): Norms of the semantics.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        attn_drop_rate: float,
+        drop_rate: float,
+        drop_path_rate: float,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop_rate = attn_drop_rate
+        # Keys and values go by the name of their queries: ``kv`` is what the
+        # pixels look at, made of semantics.
+        self.q = nn.Linear(embed_dims, embed_dims)
+        self.kv = nn.Linear(embed_dims, 2 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+        self.semantic_norm1 = build_norm(norm_cfg, embed_dims)
+        self.semantic_qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.semantic_norm2 = build_norm(norm_cfg, embed_dims)
+        self.semantic_q = nn.Linear(embed_dims, embed_dims)
+        self.semantic_kv = nn.Linear(embed_dims, 2 * embed_dims)
+        self.semantic_norm3 = build_norm(norm_cfg, embed_dims)
+        self.semantic_ffn = FFN(embed_dims, 4 * embed_dims, drop_rate, nn.ReLU())
+        self.semantic_norm4 = build_norm(norm_cfg, embed_dims)
+        self.gamma1 = make_scale(embed_dims)
+        self.gamma2 = make_scale(embed_dims)
+        self.gamma3 = make_scale(embed_dims)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, semantics: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend in three steps.
+
+        Args:
+            x (Tensor): Normalised pixels (B, N, C).
+            semantics (Tensor): (B, M, C).
+
+        Returns:
+            tuple[Tensor, Tensor]: The branch to add to the pixels, (B, N, C),
+            and the new semantics, (B, M, C).
+        """
+        channels = x.shape[2]
+        q, kv = self.semantic_qkv(self.semantic_norm1(semantics)).split(
+            [channels, 2 * channels], dim=2
+        )
+        branch = self.gamma1 * self.attend(q, kv)
+        semantics = semantics + self.drop_path(branch)
+        q = self.semantic_q(self.semantic_norm2(semantics))
+        branch = self.gamma2 * self.attend(q, self.semantic_kv(x))
+        semantics = semantics + self.drop_path(branch)
+        branch = self.gamma3 * self.semantic_ffn(self.semantic_norm3(semantics))
+        semantics = semantics + self.drop_path(branch)
+        kv = self.kv(self.semantic_norm4(semantics))
+        return self.drop(self.proj(self.attend(self.q(x), kv))), semantics
+
+    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Attention of (B, N, C) to (B, M, 2 * C)."""
+        drop_rate = self.attn_drop_rate if self.training else 0.0
+        return attend(split_heads(q, self.num_heads), kv, self.num_heads, drop_rate)
+
+
+class DualBlock(nn.Module):
+    """Dual attention, then a feed-forward layer of the pixels.
+
+    Args:
+        attn (DualAttention): The attention.
+        embed_dims (int): Channels C of the tokens.
+        hidden_dims (int): Hidden channels of the feed-forward layer.
+        drop_rate (float): Dropout of the feed-forward layer.
+        drop_path_rate (float): Stochastic depth of both branches.
+        norm_cfg (dict): Norm before each branch.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        embed_dims: int,
+        hidden_dims: int,
+        drop_rate: float,
+        drop_path_rate: float,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.norm1 = build_norm(norm_cfg, embed_dims)
+        self.attn = attn
+        self.norm2 = build_norm(norm_cfg, embed_dims)
+        self.ffn = ConvFFN(embed_dims, hidden_dims, drop_rate, residual=False)
+        self.gamma1 = make_scale(embed_dims)
+        self.gamma2 = make_scale(embed_dims)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(
+        self, x: Tensor, semantics: Tensor, hw: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map pixels (B, h * w, C) and semantics (B, M, C) to the same shapes."""
+        branch, semantics = self.attn(self.norm1(x), semantics)
+        x = x + self.drop_path(self.gamma1 * branch)
+        branch = self.ffn(self.norm2(x), hw)
+        return x + self.drop_path(self.gamma2 * branch), semantics
+
+
+class MergeBlock(DualBlock):
+    """Full attention of pixels and semantics together, then a layer for each.
+
+    Args:
+        attn (FullAttention): The attention.
+        embed_dims (int): Channels C of the tokens.
+        hidden_dims (int): Hidden channels of the pixels' feed-forward layer.
+        drop_rate (float): Dropout of the feed-forward layers.
+        drop_path_rate (float): Stochastic depth of both branches.
+        norm_cfg (dict): Norm before each branch.
+        last (bool): Whether nobody needs the semantics after the attention.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        embed_dims: int,
+        hidden_dims: int,
+        drop_rate: float,
+        drop_path_rate: float,
+        norm_cfg: dict,
+        last: bool,
+    ) -> None:
+        super().__init__(
+            attn, embed_dims, hidden_dims, drop_rate, drop_path_rate, norm_cfg
+        )
+        self.semantic_ffn = (
+            None if last else FFN(embed_dims, 2 * embed_dims, drop_rate, nn.GELU())
+        )
+
+    def forward(
+        self, x: Tensor, semantics: Tensor, hw: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map pixels (B, h * w, C) and semantics (B, M, C) to the same shapes.
+
+        The semantics of the last block are None.
+        """
+        sizes = [x.shape[1], semantics.shape[1]]
+        tokens = torch.cat([x, semantics], dim=1)
+        branch = self.attn(self.norm1(tokens), hw)
+        tokens = tokens + self.drop_path(self.gamma1 * branch)
+        if self.semantic_ffn is None:
+            tokens = tokens[:, : sizes[0]]
+            branch = self.ffn(self.norm2(tokens), hw)
+            return tokens + self.drop_path(self.gamma2 * branch), None
+        x, semantics = self.norm2(tokens).split(sizes, dim=1)
+        branch = torch.cat([self.ffn(x, hw), self.semantic_ffn(semantics)], dim=1)
+        tokens = tokens + self.drop_path(self.gamma2 * branch)
+        x, semantics = tokens.split(sizes, dim=1)
+        return x, semantics
+
+
+class DualStage(Stage):
+    """One level of the pyramid, of pixels and of semantics.
+
+    Args:
+        patch_embed (PatchEmbed): Makes pixels of the map before.
+        semantic_embed (nn.Module): :class:`SemanticTokens` in the first stage,
+            :class:`SemanticEmbed` in the others.
+        blocks (Sequence[DualBlock]): The blocks.
+        norm (nn.Module): Norm of the pixels.
+        semantic_norm (nn.Module, optional): Norm of the semantics; None in the
+            last stage, which hands on no semantics.
+        with_cp (bool): Whether to recompute the blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        patch_embed: PatchEmbed,
+        semantic_embed: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        semantic_norm: nn.Module | None,
+        with_cp: bool,
+    ) -> None:
+        super().__init__(patch_embed, blocks, norm, with_cp)
+        self.semantic_embed = semantic_embed
+        self.semantic_norm = semantic_norm
+
+    def forward(
+        self, state: Tensor | tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the map and the semantics.
+
+        Args:
+            state (Tensor | tuple[Tensor, Tensor]): The image (B, C_in, H, W),
+                or what the stage before returned.
+
+        Returns:
+            tuple[Tensor, Tensor | None]: Map (B, C, h, w), contiguous, and
+            semantics (B, M, C), None in the last stage.
+        """
+        if isinstance(state, Tensor):
+            x, hw = self.patch_embed(state)
+            semantics = self.semantic_embed(x, hw)
+        else:
+            x, hw = self.patch_embed(state[0])
+            semantics = self.semantic_embed(state[1])
+        for block in self.blocks:
+            x, semantics = run_block(block, self.with_cp, x, semantics, hw)
+        x = self.norm(x).transpose(1, 2).unflatten(2, hw).contiguous()
+        if self.semantic_norm is None:
+            return x, None
+        return x, self.semantic_norm(semantics)
+
+
+@MODELS.register_module()
+class DualViT(PyramidBackbone):
+    """Dual-ViT: a pyramid transformer of pixels and a few semantic tokens.
+
+    A PyTorch implementation of `Dual Vision Transformer
+    <https://arxiv.org/abs/2207.04976>`_. In the first two stages the pixels
+    attend to semantic tokens only, which gather from all pixels: the cost is
+    linear. The later stages run full attention on both together.
+
+    Takes images of any size from 1 x 1 pixel, in batches of any size, and
+    returns maps at strides 4, 8, 16 and 32. There is one semantic token per
+    28 x 28 pixels, and at least one per side. The stem has batch norms: one
+    image of at most 2 x 2 pixels cannot train it.
+
+    Args:
+        arch (str | dict): 'small' ('s'), 'base' ('b') or 'large' ('l'), or a
+            dict of a number,
+
+            - **stem_width**: channels of the first three convolutions;
+
+            and of equally long sequences, one entry per stage:
+
+            - **embed_dims**: channels;
+            - **num_heads**: attention heads, divisors of ``embed_dims``;
+            - **mlp_ratios**: hidden channels of the pixels' feed-forward layers
+              over ``embed_dims``; in every second block of the third stage it
+              is one less, so above 1 there;
+            - **depths**: number of blocks.
+
+            Defaults to 'small'.
+        **kwargs: Arguments of :class:`PyramidBackbone`: ``in_channels``,
+            ``drop_rate``, ``attn_drop_rate``, ``drop_path_rate``, ``out_indices``,
+            ``frozen_stages``, ``with_cp``, ``norm_cfg``, ``init_cfg``. The ``eps``
+            of ``norm_cfg`` applies to the norms before the branches of the
+            pixels and to those at the end of the stages, as in the public code.
+
+    Raises:
+        ValueError: If an argument, or the shape of an input, is not as stated.
+
+    Examples:
+        >>> import torch
+        >>> from clustr_mm.models.dual_vit import DualViT
+        >>> model = DualViT('small').eval()
+        >>> with torch.no_grad():
+        ...     [tuple(x.shape) for x in model(torch.rand(1, 3, 64, 96))]
+        [(1, 64, 16, 24), (1, 128, 8, 12), (1, 320, 4, 6), (1, 448, 2, 3)]
+    """
+
+    arch_zoo = {
+        **dict.fromkeys(
+            ['small', 's'],
+            dict(
+                stem_width=32,
+                embed_dims=[64, 128, 320, 448],
+                num_heads=[2, 4, 10, 14],
+                mlp_ratios=[8, 8, 4, 3],
+                depths=[3, 4, 6, 3],
+            ),
+        ),
+        **dict.fromkeys(
+            ['base', 'b'],
+            dict(
+                stem_width=64,
+                embed_dims=[64, 128, 320, 512],
+                num_heads=[2, 4, 10, 16],
+                mlp_ratios=[8, 8, 4, 3],
+                depths=[3, 4, 15, 3],
+            ),
+        ),
+        **dict.fromkeys(
+            ['large', 'l'],
+            dict(
+                stem_width=64,
+                embed_dims=[96, 192, 384, 512],
+                num_heads=[3, 6, 12, 16],
+                mlp_ratios=[8, 8, 4, 3],
+                depths=[3, 6, 21, 3],
+            ),
+        ),
+    }
+
+    #: Entries of an ``arch`` dict, and those that are one number.
+    arch_keys = ('stem_width', 'embed_dims', 'num_heads', 'mlp_ratios', 'depths')
+    arch_numbers = ('stem_width',)
+
+    #: Parameter names of the authors' public code, as (pattern, replacement);
+    #: ``{}`` in a replacement is the stage's number less one.
+    public_names = (
+        (r'^q$', 'stages.0.semantic_embed.queries'),
+        (r'^q_embed\.0\.', 'stages.0.semantic_embed.q_norm.'),
+        (r'^q_embed\.1\.', 'stages.0.semantic_embed.q.'),
+        (r'^kv\.', 'stages.0.semantic_embed.kv.'),
+        (r'^proxy_ln\.', 'stages.0.semantic_embed.norm.'),
+        (r'^se\.', 'stages.0.semantic_embed.fuse.'),
+        (r'^patch_embed1\.conv\.', 'stages.0.patch_embed.stem.'),
+        (r'^patch_embed(\d)\.', 'stages.{}.patch_embed.'),
+        (r'^proxy_embed(\d)\.proj_proxy\.0\.', 'stages.{}.semantic_embed.proj.'),
+        (r'^proxy_embed(\d)\.proj_proxy\.1\.', 'stages.{}.semantic_embed.norm.'),
+        (r'^block(\d)\.(?=\d+\.)', 'stages.{}.blocks.'),
+        (r'^norm(\d)\.(?=(?:weight|bias)$)', 'stages.{}.norm.'),
+        (r'^norm_proxy(\d)\.', 'stages.{}.semantic_norm.'),
+        (r'\.attn\.qkv_proxy\.0\.', '.attn.semantic_norm1.'),
+        (r'\.attn\.qkv_proxy\.1\.', '.attn.semantic_qkv.'),
+        (r'\.attn\.q_proxy_ln\.', '.attn.semantic_norm2.'),
+        (r'\.attn\.q_proxy\.', '.attn.semantic_q.'),
+        (r'\.attn\.p_ln\.', '.attn.semantic_norm3.'),
+        (r'\.attn\.mlp_proxy\.0\.', '.attn.semantic_ffn.fc1.'),
+        (r'\.attn\.mlp_proxy\.2\.', '.attn.semantic_ffn.fc2.'),
+        (r'\.attn\.proxy_ln\.', '.attn.semantic_norm4.'),
+        (r'\.attn\.kv_proxy\.', '.attn.semantic_kv.'),
+        (r'\.mlp\.fc_proxy\.0\.', '.semantic_ffn.fc1.'),
+        (r'\.mlp\.fc_proxy\.2\.', '.semantic_ffn.fc2.'),
+        (r'\.mlp\.dwconv\.dwconv\.', '.ffn.dwconv.'),
+        (r'\.mlp\.', '.ffn.'),
+    )
+
+    def __init__(self, arch: str | dict = 'small', **kwargs: Any) -> None:
+        super().__init__(arch, **kwargs)
+        ratios = self.arch_settings['mlp_ratios']
+        if len(ratios) > 2 and ratios[2] <= 1:
+            raise ValueError(
+                f'arch mlp_ratios must be above 1 in the third stage, got {ratios}'
+            )
+        # The norms that keep PyTorch's eps.
+        self.inner_norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
+        self.build_stages()
+
+    def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> DualStage:
+        """Build stage ``index`` with as many blocks as there are rates."""
+        embed_dims = self.arch_settings['embed_dims']
+        last = index == self.out_indices[-1]
+        if index:
+            patch_embed = self.make_patch_embed(index)
+            semantic_embed = SemanticEmbed(
+                embed_dims[index - 1], embed_dims[index], self.inner_norm_cfg
+            )
+        else:
+            patch_embed = StemPatchEmbed(
+                self.in_channels,
+                self.arch_settings['stem_width'],
+                embed_dims[0],
+                self.inner_norm_cfg,
+            )
+            semantic_embed = SemanticTokens(
+                embed_dims[0], self.attn_drop_rate, self.inner_norm_cfg
+            )
+        return DualStage(
+            patch_embed,
+            semantic_embed,
+            [
+                self._make_block(
+                    index, number, rate, last and number == len(drop_path_rates) - 1
+                )
+                for number, rate in enumerate(drop_path_rates)
+            ],
+            self.make_norm(index),
+            None if last else self.make_norm(index),
+            self.with_cp,
+        )
+
+    def _make_block(
+        self, index: int, number: int, drop_path_rate: float, last: bool
+    ) -> DualBlock:
+        """Build block ``number`` of stage ``index``."""
+        embed_dims, num_heads, mlp_ratio = (
+            self.arch_settings[key][index]
+            for key in ('embed_dims', 'num_heads', 'mlp_ratios')
+        )
+        if index == 2 and number % 2:
+            mlp_ratio -= 1
+        hidden_dims = int(embed_dims * mlp_ratio)
+        common = (self.drop_rate, drop_path_rate, self.norm_cfg)
+        if index >= DUAL_STAGES:
+            attn = FullAttention(
+                embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
+            )
+            return MergeBlock(attn, embed_dims, hidden_dims, *common, last)
+        attn = DualAttention(
+            embed_dims,
+            num_heads,
+            self.attn_drop_rate,
+            self.drop_rate,
+            drop_path_rate,
+            self.inner_norm_cfg,
+        )
+        return DualBlock(attn, embed_dims, hidden_dims, *common)
+
+    def feature(self, index: int, state: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Contiguous map (B, C, h, w) in what stage ``index`` returned."""
+        return state[0]
