@@ -1,5 +1,6 @@
 # make demo    install if needed, train and evaluate on toy data, draw a picture
 # make test    install if needed, run the whole test suite
+# make coverage the same suite, and which lines of the package it runs
 # make lint    check style; `make format` mends what can be mended
 # make install only install; MMCV_OPS=1 compiles mmcv's ops (20 minutes on 2 cores)
 
@@ -17,7 +18,7 @@ endif
 # Written last: an interrupted installation goes on where it was.
 INSTALLED := $(VENV)/.installed-$(MMCV)
 
-.PHONY: install demo test lint format
+.PHONY: install demo test coverage lint format
 
 install: $(INSTALLED)
 
@@ -26,6 +27,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest --cov=clustr_mm --cov-report=term-missing
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
