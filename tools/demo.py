@@ -21,7 +21,7 @@ from mmengine.runner import set_random_seed
 from PIL import Image
 
 from clustr_mm.toy_data import ADE_CLASSES, make_toy_data
-from clustr_mm.visualization import compute_clusters, draw_clusters
+from clustr_mm.visualization import Pixels, compute_clusters, draw_clusters
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/mmseg/fpn_clustr-t_toy-ade20k.py'
@@ -104,9 +104,7 @@ def cluster_pictures(
     Returns:
         list[np.ndarray]: (zoom * H, zoom * W, 3) uint8 RGB for each stage.
     """
-    preprocess = model.data_preprocessor
-    inputs = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    inputs = (inputs - preprocess.mean) / preprocess.std
+    inputs = Pixels.of_model(model).normalise(image)
     large = Image.fromarray(image)
     large = np.array(large.resize((zoom * large.width, zoom * large.height)))
     return [

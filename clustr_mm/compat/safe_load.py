@@ -6,6 +6,7 @@ scalars. The names below are the ones such a file contains and torch does not al
 itself, and no others.
 """
 
+import argparse
 from collections.abc import Callable
 from pickle import UnpicklingError
 from typing import Any
@@ -65,6 +66,8 @@ def _runner_globals() -> list[Any]:
     dtype_classes = {type(np.dtype(code)) for code in codes}
     return [
         HistoryBuffer,
+        # Scripts of the DeiT family keep their arguments in a checkpoint.
+        argparse.Namespace,
         np.ndarray,
         np.dtype,
         *dtype_classes,

@@ -13,6 +13,9 @@ Names = Sequence[tuple[str, str]]
 #: What checkpoints put before the names of a backbone.
 WRAPPERS = re.compile(r'^(?:module\.|model\.|backbone\.)+')
 
+#: Parameters of a block.
+BLOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.')
+
 #: Entries of a checkpoint that hold the weights.
 CONTAINERS = ('state_dict', 'model')
 
@@ -53,12 +56,23 @@ def translate(
     """
     found = {}
     for key, value in state_dict.items():
-        name = WRAPPERS.sub('', key)
-        for pattern, replacement in names:
-            name = re.sub(pattern, partial(_replace, replacement), name)
+        name = rename(key, names)
         if name in known and isinstance(value, Tensor):
             found[name] = (key, value)
     return found
+
+
+def rename(key: str, names: Names) -> str:
+    """A backbone's own name of a key of a state dict."""
+    name = WRAPPERS.sub('', key)
+    for pattern, replacement in names:
+        name = re.sub(pattern, partial(_replace, replacement), name)
+    return name
+
+
+def _part(name: str, length: int) -> str:
+    """The first components of a dotted name."""
+    return '.'.join(name.split('.')[:length])
 
 
 def _replace(replacement: str, match: 're.Match[str]') -> str:
@@ -95,13 +109,28 @@ def _load_hook(
         for name, (_, value) in found.items()
         if value.shape != own[name].shape
     ]
-    if missing or differing:
+    # A smaller variant finds all of its parameters in a larger one. Stages that this
+    # backbone does not have are another matter: ``out_indices`` leaves them out.
+    stages = {_part(name, 2) for name in own}
+    blocks = {_part(name, 4) for name in own}
+    surplus = [
+        name
+        for name in (rename(key, module._foreign_names) for key in mine)
+        if BLOCK.match(name)
+        and _part(name, 2) in stages
+        and _part(name, 4) not in blocks
+    ]
+    if missing or differing or surplus:
         matched = len(own) - len(missing) - len(differing)
         message = (
             f'the checkpoint does not fit this {type(module).__name__}: '
             f'{matched} of {len(own)} parameters match'
         )
-        for what, which in [('missing', missing), ('of other shape', differing)]:
+        for what, which in [
+            ('missing', missing),
+            ('of other shape', differing),
+            ('of more blocks', surplus),
+        ]:
             if which:
                 more = f', and {len(which) - 3} more' if len(which) > 3 else ''
                 message += f'; {what}: {", ".join(which[:3])}{more}'

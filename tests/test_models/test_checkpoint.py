@@ -149,6 +149,9 @@ def test_checkpoint_of_another_variant():
         tiny, small = ClusTR('tiny'), ClusTR('small')
     with pytest.raises(RuntimeError, match=r'of \d+ parameters match; missing'):
         small.load_state_dict(tiny.state_dict(), strict=False)
+    # All of tiny's names are in small, with the same shapes.
+    with pytest.raises(RuntimeError, match=r'of more blocks: stages\.0\.blocks\.1\.'):
+        tiny.load_state_dict(small.state_dict(), strict=False)
 
 
 def test_loading_leaves_the_given_dict_alone(golden):  # noqa: F811
