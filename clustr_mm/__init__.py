@@ -1,10 +1,10 @@
 """ClusTR for MMDetection, MMSegmentation, MMPose and MMPretrain."""
 
 from . import compat, hooks  # noqa: F401 (registers the hook)
-from .models import ClusTR, DualViT, SequentialNeck
+from .models import STT, ClusTR, DualViT, LinGlo, SequentialNeck
 
 __version__ = '0.1.0'
 
 compat.activate()
 
-__all__ = ['ClusTR', 'DualViT', 'SequentialNeck', '__version__']
+__all__ = ['STT', 'ClusTR', 'DualViT', 'LinGlo', 'SequentialNeck', '__version__']

@@ -182,7 +182,13 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, kv: Tensor, num_heads: int, drop_rate: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor,
+    kv: Tensor,
+    num_heads: int,
+    drop_rate: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Multi-head softmax attention with scale ``head_dim ** -0.5``.
 
     Args:
@@ -190,12 +196,16 @@ def attend(q: Tensor, kv: Tensor, num_heads: int, drop_rate: float = 0.0) -> Ten
         kv (Tensor): (B, M, 2 * heads * head_dim), keys before values.
         num_heads (int): Number of heads.
         drop_rate (float): Dropout of the attention weights.
+        mask (Tensor, optional): (B, M) bool, False for keys that nobody
+            attends to; every row has a True. None stands for all True.
 
     Returns:
         Tensor: (B, N, heads * head_dim).
     """
     k, v = (split_heads(part, num_heads) for part in kv.chunk(2, dim=-1))
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)
+    if mask is not None:
+        mask = mask[:, None, None]
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate)
     return x.transpose(1, 2).flatten(2)
 
 
@@ -220,9 +230,21 @@ class FullAttention(nn.Module):
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Map tokens (B, h * w, C) to tokens of the same shape."""
+    def forward(
+        self, x: Tensor, hw: tuple[int, int] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend, whatever the order of the tokens.
+
+        Args:
+            x (Tensor): Tokens (B, N, C).
+            hw (tuple[int, int], optional): Not used; what other kinds of
+                attention need. Defaults to None.
+            mask (Tensor, optional): (B, N) bool, see :func:`attend`.
+
+        Returns:
+            Tensor: Of the shape of ``x``.
+        """
         q = split_heads(self.q(x), self.num_heads)
         drop_rate = self.attn_drop_rate if self.training else 0.0
-        x = attend(q, self.kv(x), self.num_heads, drop_rate)
+        x = attend(q, self.kv(x), self.num_heads, drop_rate, mask)
         return self.drop(self.proj(x))

@@ -1,0 +1,530 @@
+"""STT backbone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checkpoint import _unwrap, translate
+from .layers import (
+    FFN,
+    DropPath,
+    FullAttention,
+    PatchEmbed,
+    attend,
+    build_norm,
+    split_heads,
+)
+from .pyramid import PyramidBackbone, run_block
+
+#: Stride of the patches; side of the image squares that each of them sees.
+STRIDE = 8
+PATCH = 2 * STRIDE - 1
+
+#: Blocks of class attention.
+CLASS_BLOCKS = 2
+
+#: Patches and super tokens, (B, h, w, C) each, and height and width of the image.
+State = tuple[Tensor, Tensor, tuple[int, int]]
+
+
+def to_windows(x: Tensor, side: int) -> Tensor:
+    """Cut a map into squares, with zeros beyond its end.
+
+    Args:
+        x (Tensor): (B, h, w, C).
+        side (int): Of the windows.
+
+    Returns:
+        Tensor: (B, ceil(h / side) * ceil(w / side), side * side, C).
+    """
+    height, width = x.shape[1:3]
+    x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
+    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(windows: Tensor, hw: tuple[int, int], side: int) -> Tensor:
+    """Undo :func:`to_windows`, given h and w of the map."""
+    height, width = hw
+    x = windows.unflatten(2, (side, side)).unflatten(1, (-(-height // side), -1))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+def window_mask(x: Tensor, side: int) -> Tensor | None:
+    """Which tokens of the windows of a map are not padding.
+
+    Args:
+        x (Tensor): The map, (B, h, w, C).
+        side (int): Of the windows.
+
+    Returns:
+        Tensor | None: Of each window its super token, always True, and its
+        patches, (windows, 1 + side * side) bool; None if there is no padding.
+    """
+    if x.shape[1] % side == 0 and x.shape[2] % side == 0:
+        return None
+    inside = x.new_ones(1, *x.shape[1:3], 1, dtype=torch.bool)
+    return F.pad(to_windows(inside, side)[0, :, :, 0], (1, 0), value=True)
+
+
+class PositionEncoding(nn.Module):
+    """Position from a depth-wise 3x3 convolution, added (CPVT, arXiv 2102.10882).
+
+    It sees where it is by the zeros beyond the border, at any size of the map.
+
+    Args:
+        embed_dims (int): Channels C of the tokens.
+    """
+
+    def __init__(self, embed_dims: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, h, w, C) to the same shape."""
+        return x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class GroupBlock(nn.Module):
+    """Transformer block: attention inside groups, then a feed-forward layer.
+
+    Args:
+        attn (FullAttention): The attention.
+        embed_dims (int): Channels C of the tokens.
+        mlp_ratio (float): Hidden channels of the feed-forward layer over C.
+        drop_rate (float): Dropout of the feed-forward layer.
+        drop_path_rate (float): Stochastic depth of both branches, which drops
+            all groups of a sample at once.
+        norm_cfg (dict): Norm before each branch.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        embed_dims: int,
+        mlp_ratio: float,
+        drop_rate: float,
+        drop_path_rate: float,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.norm1 = build_norm(norm_cfg, embed_dims)
+        self.attn = attn
+        self.norm2 = build_norm(norm_cfg, embed_dims)
+        self.ffn = FFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Let the tokens of each group attend to each other.
+
+        Args:
+            x (Tensor): (B, groups, N, C).
+            mask (Tensor, optional): (groups, N) bool, False for tokens that
+                nobody attends to. Defaults to None.
+
+        Returns:
+            Tensor: Of the same shape.
+        """
+        batch = x.shape[0]
+        if mask is not None:
+            mask = mask.repeat(batch, 1)
+        attended = self.attn(self.norm1(x).flatten(0, 1), mask=mask)
+        x = x + self.drop_path(attended.unflatten(0, (batch, -1)))
+        return x + self.drop_path(self.ffn(self.norm2(x)))
+
+
+class SuperTokenStage(nn.Module):
+    """Some blocks of the trunk, local and global ones.
+
+    In a local block the super token and the patches of each window attend to
+    each other, in a global one all super tokens do, without the patches. The
+    local blocks open the stage, but for the last of them: it closes the stage,
+    and tells the patches what the super tokens have learned of the others.
+
+    Args:
+        blocks (Sequence[GroupBlock]): The blocks.
+        local_depth (int): How many of them are local, at least 1.
+        embed_dims (int): Channels C of the tokens.
+        window (int): Side of the windows, in patches.
+        patch_embed (PatchEmbed, optional): Makes the patches of the image, in
+            the first stage; the first super tokens are a learned vector.
+        with_cp (bool): Whether to recompute the blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        local_depth: int,
+        embed_dims: int,
+        window: int,
+        patch_embed: nn.Module | None,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        if patch_embed is not None:
+            self.super_token = nn.Parameter(torch.empty(embed_dims))
+            nn.init.trunc_normal_(self.super_token, std=0.02)
+        self.position = PositionEncoding(embed_dims)
+        self.super_position = PositionEncoding(embed_dims)
+        self.blocks = nn.ModuleList(blocks)
+        last = len(self.blocks) - 1
+        self.is_local = [i < local_depth - 1 or i == last for i in range(last + 1)]
+        self.window = window
+        self.with_cp = with_cp
+
+    def forward(self, state: Tensor | State) -> State:
+        """Map the image (B, C_in, H, W), or the state before, to the next state."""
+        if self.patch_embed is None:
+            x, supers, image = state
+        else:
+            image = (state.shape[2], state.shape[3])
+            tokens, hw = self.patch_embed(state)
+            x = tokens.unflatten(1, hw)
+            grid = [-(-side // self.window) for side in hw]
+            supers = self.super_token.expand(x.shape[0], *grid, -1)
+        x, supers = self.position(x), self.super_position(supers)
+        hw, grid = x.shape[1:3], supers.shape[1:3]
+        mask = window_mask(x, self.window)
+        x, supers = to_windows(x, self.window), supers.flatten(1, 2)
+        for block, is_local in zip(self.blocks, self.is_local):
+            if is_local:
+                tokens = torch.cat([supers[:, :, None], x], dim=2)
+                tokens = run_block(block, self.with_cp, tokens, mask)
+                supers, x = tokens[:, :, 0], tokens[:, :, 1:]
+            else:
+                # One group of all super tokens.
+                supers = run_block(block, self.with_cp, supers[:, None])[:, 0]
+        return from_windows(x, hw, self.window), supers.unflatten(1, grid), image
+
+
+class Level(nn.Module):
+    """Map of a level of the pyramid, made of the patches.
+
+    A norm, then for stride 4 a transposed convolution, from 16 on a maximum over
+    squares, as in BEiT and ViTDet.
+
+    Args:
+        norm (nn.Module): Norm of the patches.
+        embed_dims (int): Channels C of the patches and of the map.
+        stride (int): Of the map in the image: 4, or a multiple of 8.
+    """
+
+    def __init__(self, norm: nn.Module, embed_dims: int, stride: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.stride = stride
+        if stride < STRIDE:
+            factor = STRIDE // stride
+            self.resample = nn.ConvTranspose2d(embed_dims, embed_dims, factor, factor)
+        else:
+            # Squares that stick out count what they have.
+            factor = stride // STRIDE
+            self.resample = nn.MaxPool2d(factor, ceil_mode=True)
+
+    def forward(self, x: Tensor, image: tuple[int, int]) -> Tensor:
+        """Map patches (B, h, w, C) of an image (H, W) to (B, C, h', w')."""
+        x = self.resample(self.norm(x).permute(0, 3, 1, 2))
+        height, width = (-(-side // self.stride) for side in image)
+        return x[:, :, :height, :width].contiguous()
+
+
+class ClassAttention(FullAttention):
+    """Attention of the first token alone, to itself and all others.
+
+    Class attention of CaiT (arXiv 2103.17239). Arguments as of
+    :class:`FullAttention`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, N, C) to (B, 1, C)."""
+        q = split_heads(self.q(x[:, :1]), self.num_heads)
+        drop_rate = self.attn_drop_rate if self.training else 0.0
+        x = attend(q, self.kv(x), self.num_heads, drop_rate)
+        return self.drop(self.proj(x))
+
+
+class ClassBlock(nn.Module):
+    """Transformer block of the class token alone.
+
+    Args:
+        attn (ClassAttention): The attention.
+        embed_dims (int): Channels C of the tokens.
+        mlp_ratio (float): Hidden channels of the feed-forward layer over C.
+        drop_rate (float): Dropout of the feed-forward layer.
+        norm_cfg (dict): Norm before each branch.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        embed_dims: int,
+        mlp_ratio: float,
+        drop_rate: float,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.norm1 = build_norm(norm_cfg, embed_dims)
+        self.attn = attn
+        self.norm2 = build_norm(norm_cfg, embed_dims)
+        self.ffn = FFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+
+    def forward(self, token: Tensor, supers: Tensor) -> Tensor:
+        """Map the class token (B, 1, C), with super tokens (B, S, C), to its next."""
+        x = torch.cat([token, supers], dim=1)
+        token = token + self.attn(self.norm1(x))
+        return token + self.ffn(self.norm2(token))
+
+
+class ClassEmbedding(nn.Module):
+    """Class embedding, learned from the super tokens only.
+
+    Args:
+        blocks (Sequence[ClassBlock]): The blocks.
+        norm (nn.Module): Norm of the result.
+        embed_dims (int): Channels C of the tokens.
+        with_cp (bool): Whether to recompute the blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        embed_dims: int,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(embed_dims))
+        nn.init.trunc_normal_(self.token, std=0.02)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.with_cp = with_cp
+
+    def forward(self, supers: Tensor) -> Tensor:
+        """Map super tokens (B, h, w, C) to (B, C)."""
+        supers = supers.flatten(1, 2)
+        token = self.token.expand(supers.shape[0], 1, -1)
+        for block in self.blocks:
+            token = run_block(block, self.with_cp, token, supers)
+        return self.norm(token)[:, 0]
+
+
+@MODELS.register_module()
+class STT(PyramidBackbone):
+    """STT: an isotropic transformer whose windows speak through super tokens.
+
+    After `Global Interaction Modelling in Vision Transformer via Super Tokens
+    <https://arxiv.org/abs/2111.13156>`_ (Farooq, Awais, Ahmed, Kittler), of which
+    there is no public code. What its abstract states:
+
+    - the network is isotropic: one resolution, one width;
+    - each window of M x M patches has one super token, which attends together
+      with them; across windows the super tokens communicate;
+    - the higher layers work mostly on the super tokens, and the class
+      embedding is learned from these alone;
+    - STT-S25 has about 49M parameters, as accurate as Swin-B and about twice
+      as fast.
+
+    The rest is a reading of it, so weights of others do not fit and published
+    accuracies are no promise:
+
+    - the width of 384, the 25 blocks and two of class attention come from the
+      published size and the name; heads of 48 channels, as in CaiT, of which
+      these numbers remind;
+    - patches of stride 8 and windows of 7 x 7: an image of 224 pixels is cut
+      into 4 x 4 windows without padding, and the strides 4 to 32 of dense
+      prediction lie about the stride of the patches;
+    - of the 25 blocks 6 are local, half of them in the first quarter, which
+      brings 224 pixels to 9.4G multiply-adds (Swin-B: 15.4G). Each quarter ends
+      with one, for without it its map would not know what the super tokens do
+      (:class:`SuperTokenStage`);
+    - position: depth-wise convolutions of the patches and of the grid of super
+      tokens, added where a quarter begins. So any size will do; apart from them
+      and the overlap of the patches, windows speak only through super tokens;
+    - windows that stick out of the map are padded with tokens that nobody
+      attends to.
+
+    Returns maps at strides 4, 8, 16 and 32, which an isotropic network does not
+    have by itself: each quarter of the blocks is a stage, whose patches are
+    resampled to its stride (:class:`Level`), as in BEiT. With ``with_cls`` it
+    returns the class embedding instead. The parameters belong to
+
+    - ``stages``, the trunk: 44.7M, what a classifier and a detector share;
+    - ``levels``, the maps only: 0.6M, nearly all of it the transposed
+      convolution of stride 4; not there with ``with_cls``. A checkpoint with
+      the trunk but without any ``levels``, that of a classifier, loads, and
+      they stay as they were; ``frozen_stages`` leaves them trainable;
+    - ``cls``, the class token and its attention, 3.6M, only with
+      ``with_cls``. With a linear classifier of 1000 classes that makes 48.6M.
+
+    Takes images of any size from 1 x 1 pixel, in batches of any size.
+
+    Args:
+        arch (str | dict): 's25', or a dict of a number,
+
+            - **window_size**: side of the windows, in patches;
+
+            and of equally long sequences, one entry per stage:
+
+            - **embed_dims**: channels, the same in all stages;
+            - **num_heads**: attention heads, divisors of ``embed_dims``;
+            - **mlp_ratios**: hidden channels of the feed-forward layers over
+              ``embed_dims``;
+            - **depths**: number of blocks;
+            - **local_depths**: how many of them are local, at least one.
+
+            Defaults to 's25'.
+        with_cls (bool): Whether to return the class embedding, a tuple of one
+            tensor (B, C), instead of maps, for mmpretrain's ``ImageClassifier``
+            without a neck. It is made of the super tokens of the last stage in
+            ``out_indices``. Defaults to False.
+        **kwargs: Arguments of :class:`PyramidBackbone`: ``in_channels``,
+            ``drop_rate``, ``attn_drop_rate``, ``drop_path_rate``, ``out_indices``,
+            ``frozen_stages``, ``with_cp``, ``norm_cfg``, ``init_cfg``.
+
+    Raises:
+        ValueError: If an argument, or the shape of an input, is not as stated.
+
+    Examples:
+        >>> import torch
+        >>> from clustr_mm.models.stt import STT
+        >>> model = STT('s25').eval()
+        >>> with torch.no_grad():
+        ...     [tuple(x.shape) for x in model(torch.rand(1, 3, 64, 96))]
+        [(1, 384, 16, 24), (1, 384, 8, 12), (1, 384, 4, 6), (1, 384, 2, 3)]
+    """
+
+    arch_zoo = {
+        's25': dict(
+            window_size=7,
+            embed_dims=[384, 384, 384, 384],
+            num_heads=[8, 8, 8, 8],
+            mlp_ratios=[4, 4, 4, 4],
+            depths=[7, 6, 6, 6],
+            local_depths=[3, 1, 1, 1],
+        ),
+    }
+
+    #: Entries of an ``arch`` dict, and those that are one number.
+    arch_keys = (
+        *('window_size', 'embed_dims', 'num_heads', 'mlp_ratios'),
+        *('depths', 'local_depths'),
+    )
+    arch_numbers = ('window_size',)
+
+    def __init__(
+        self, arch: str | dict = 's25', with_cls: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(arch, **kwargs)
+        embed_dims, depths, local_depths = (
+            self.arch_settings[key] for key in ('embed_dims', 'depths', 'local_depths')
+        )
+        if len(set(embed_dims)) > 1:
+            raise ValueError(f'arch embed_dims must be all the same, got {embed_dims}')
+        if any(local > depth for local, depth in zip(local_depths, depths)):
+            raise ValueError(
+                f'arch local_depths must be at most depths, got {local_depths} and '
+                f'{depths}'
+            )
+        self.with_cls = with_cls
+        last = self.out_indices[-1]
+        if with_cls:
+            self.out_indices = (last,)
+            self.cls = self._make_class_embedding(last)
+        else:
+            # Only those that are returned: others would get no gradient.
+            self.levels = nn.ModuleDict(
+                {
+                    str(index): Level(
+                        self.make_norm(index), embed_dims[index], 4 * 2**index
+                    )
+                    for index in self.out_indices
+                }
+            )
+        self.build_stages()
+
+    def _make_class_embedding(self, index: int) -> ClassEmbedding:
+        """Build the class embedding, of the sizes of stage ``index``."""
+        embed_dims, num_heads, mlp_ratio = (
+            self.arch_settings[key][index]
+            for key in ('embed_dims', 'num_heads', 'mlp_ratios')
+        )
+        blocks = [
+            ClassBlock(
+                ClassAttention(
+                    embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
+                ),
+                embed_dims,
+                mlp_ratio,
+                self.drop_rate,
+                self.norm_cfg,
+            )
+            for _ in range(CLASS_BLOCKS)
+        ]
+        return ClassEmbedding(blocks, self.make_norm(index), embed_dims, self.with_cp)
+
+    def make_stage(
+        self, index: int, drop_path_rates: Sequence[float]
+    ) -> SuperTokenStage:
+        """Build stage ``index`` with as many blocks as there are rates."""
+        embed_dims, num_heads, mlp_ratio, local_depth = (
+            self.arch_settings[key][index]
+            for key in ('embed_dims', 'num_heads', 'mlp_ratios', 'local_depths')
+        )
+        blocks = [
+            GroupBlock(
+                FullAttention(
+                    embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
+                ),
+                embed_dims,
+                mlp_ratio,
+                self.drop_rate,
+                rate,
+                self.norm_cfg,
+            )
+            for rate in drop_path_rates
+        ]
+        patch_embed = None
+        if index == 0:
+            norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
+            patch_embed = PatchEmbed(
+                self.in_channels, embed_dims, PATCH, STRIDE, norm_cfg
+            )
+        return SuperTokenStage(
+            blocks,
+            local_depth,
+            embed_dims,
+            self.arch_settings['window_size'],
+            patch_embed,
+            self.with_cp,
+        )
+
+    def feature(self, index: int, state: State) -> Tensor:
+        """What is returned of stage ``index``: (B, C, h, w), or (B, C) of a class."""
+        x, supers, image = state
+        if self.with_cls:
+            return self.cls(supers)
+        return self.levels[str(index)](x, image)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Let a classifier's checkpoint, which has no levels, pass as complete."""
+        if not prefix:
+            _unwrap(state_dict)
+        own = self.state_dict()
+        mine = {
+            key[len(prefix) :]: value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        missing = own.keys() - translate(mine, own, self.public_names).keys()
+        levels = {key for key in own if key.startswith('levels.')}
+        # With some of the levels it would be another backbone's.
+        if missing == levels:
+            state_dict.update({prefix + key: own[key] for key in levels})
+        super()._load_from_state_dict(state_dict, prefix, *args)
