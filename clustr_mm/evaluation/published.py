@@ -70,7 +70,7 @@ class Task:
 TASKS = (
     Task(
         'ImageNet-1K',
-        'mmpretrain/clustr-*_in1k*',
+        'mmpretrain/*_8xb128_in1k*',
         (
             Metric(
                 *('accuracy/top1', 'top-1'),
@@ -123,7 +123,7 @@ TASKS = (
     Task(
         'Semantic FPN, ADE20K',
         'mmseg/fpn_*_ade20k-512x512*',
-        (Metric('mIoU', 'mIoU', paper=48.0),),
+        (Metric('mIoU', 'mIoU', paper=48.0, paper_configs='mmseg/fpn_clustr-*'),),
         VARIANT_UNKNOWN,
         (
             Peer('PVTv2-B1', (42.5,), '18M parameters, 34 GFLOPs at 512 x 512'),
@@ -140,7 +140,7 @@ TASKS = (
     Task(
         'UPerNet, ADE20K',
         'mmseg/upernet_*_ade20k-512x512*',
-        (Metric('mIoU', 'mIoU', paper=49.6),),
+        (Metric('mIoU', 'mIoU', paper=49.6, paper_configs='mmseg/upernet_clustr-*'),),
         VARIANT_UNKNOWN,
         (
             Peer('Swin-T', (44.5,), '60M parameters, 945 GFLOPs at 512 x 2048'),

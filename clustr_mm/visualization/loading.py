@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from ..benchmark.backbones import without_weights
 from ..evaluation.checkpoints import load, shorten
-from ..models.checkpoint import WRAPPERS
 from ..models.clustr import ClusTR
 
 #: What the data preprocessors of the toolboxes call the exchange of red and blue.
@@ -233,19 +231,9 @@ def _load_weights(backbone: ClusTR, path: Path) -> None:
         raise ValueError(f'there is no checkpoint {str(path)!r}')
     try:
         _, weights = load(path)
-        left = backbone.load_state_dict(dict(weights), strict=False).unexpected_keys
+        backbone.load_state_dict(dict(weights), strict=False)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'{path}: {shorten(error)}') from error
-    # A smaller backbone would find all that it needs in a larger one's checkpoint.
-    for key in left:
-        name = WRAPPERS.sub('', key)
-        for pattern, number in [(r'stages\.(\d)\.blocks\.', 0), (r'block(\d)\.', 1)]:
-            match = re.match(rf'{pattern}(\d+)\.', name)
-            if match and int(match[1]) - number < len(backbone.stages):
-                raise ValueError(
-                    f'{path}: the checkpoint is of a larger ClusTR than this one: it '
-                    f'has {key}'
-                )
 
 
 def read_image(path: Path | str) -> np.ndarray:
