@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .evaluation.checkpoints import shorten
 from .models import ClusTR
-from .models.checkpoint import WRAPPERS, _unwrap, translate
+from .models.checkpoint import WRAPPERS, translate, unwrap
 
 #: Variants by their long names.
 ARCHS = ('tiny', 'small', 'base')
@@ -192,7 +192,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = load(str(path))
         if isinstance(content, Mapping):
             content = dict(content)
-            _unwrap(content)
+            unwrap(content)
     except (OSError, MemoryError):
         raise
     # What a broken or hostile file raises depends on how it is made.

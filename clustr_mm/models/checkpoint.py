@@ -20,22 +20,29 @@ BLOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.')
 CONTAINERS = ('state_dict', 'model')
 
 
-def accept_checkpoints(backbone: nn.Module, names: Names) -> None:
+def accept_checkpoints(
+    backbone: nn.Module, names: Names, optional: Sequence[str] = ()
+) -> None:
     """Make a backbone load checkpoints of several origins, or fail aloud.
 
     On every ``load_state_dict`` (MMEngine's ``init_cfg``, ``load_from`` and
     ``resume`` included) parameter names are translated, wrappings such as
-    ``module.``, ``backbone.``, ``{'model': ...}`` are seen through, and a
-    state dict without all parameters of the backbone is an error. Keys that
-    the backbone does not know are left to the caller's ``strict``.
+    ``module.``, ``backbone.``, ``{'model': ...}`` are seen through. A state
+    dict without all parameters of the backbone is an error, and so is one with
+    more blocks in a stage. Other keys that the backbone does not know are left
+    to the caller's ``strict``.
 
     Args:
         backbone (nn.Module): The module.
         names (Sequence[tuple[str, str]]): Foreign names as (regular
             expression, replacement); if the expression has a group, it is a
             number from 1, and ``{}`` in the replacement is that less one.
+        optional (Sequence[str]): What the names of parameters begin with that
+            a state dict may lack, if it lacks all of them; they stay as they
+            were. Defaults to none.
     """
     backbone._foreign_names = tuple(names)
+    backbone._optional_names = tuple(optional)
     # The public method of this name came with torch 2.5.
     backbone._register_load_state_dict_pre_hook(_load_hook, with_module=True)
 
@@ -81,13 +88,13 @@ def _replace(replacement: str, match: 're.Match[str]') -> str:
     return replacement
 
 
-def _unwrap(state_dict: MutableMapping[str, Any]) -> None:
+def unwrap(state_dict: MutableMapping[str, Any]) -> None:
     """Lift the weights out of containers, in place."""
     for name in CONTAINERS:
         if isinstance(state_dict.get(name), Mapping):
             inner = state_dict.pop(name)
             state_dict.update(inner)
-            _unwrap(state_dict)
+            unwrap(state_dict)
 
 
 def _load_hook(
@@ -95,7 +102,7 @@ def _load_hook(
 ) -> None:
     """Rename a state dict to the backbone's names, in place, and check it."""
     if not prefix:
-        _unwrap(state_dict)
+        unwrap(state_dict)
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     mine = {
         key[len(prefix) :]: value
@@ -104,6 +111,11 @@ def _load_hook(
     }
     found = translate(mine, own, module._foreign_names)
     missing = [name for name in own if name not in found]
+    kept = [name for name in own if name.startswith(module._optional_names)]
+    if missing == kept:
+        missing = []
+    else:
+        kept = []
     differing = [
         f'{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}'
         for name, (_, value) in found.items()
@@ -139,6 +151,8 @@ def _load_hook(
         del state_dict[prefix + key]
     for name, (_, value) in found.items():
         state_dict[prefix + name] = value
+    for name in kept:
+        state_dict[prefix + name] = own[name].detach()
 
 
 def _parent_hook(
@@ -153,7 +167,7 @@ def _parent_hook(
     if not hasattr(backbone, '_foreign_names'):
         return
     if not prefix:
-        _unwrap(state_dict)
+        unwrap(state_dict)
     inside = f'{prefix}{child}.'
     if any(key.startswith(inside) for key in state_dict):
         return

@@ -136,6 +136,9 @@ class PyramidBackbone(BaseModule):
     #: replacement is the stage's number less one.
     public_names: tuple[tuple[str, str], ...] = ()
 
+    #: What the names of parameters begin with that a checkpoint may lack.
+    optional_names: tuple[str, ...] = ()
+
     def __init__(
         self,
         arch: str | dict,
@@ -210,7 +213,7 @@ class PyramidBackbone(BaseModule):
             ]
             self.stages.append(self.make_stage(index, rates))
         self.apply(init_weights)
-        accept_checkpoints(self, self.public_names)
+        accept_checkpoints(self, self.public_names, self.optional_names)
         self._freeze_stages()
 
     def make_patch_embed(self, index: int) -> PatchEmbed:

@@ -8,7 +8,6 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import _unwrap, translate
 from .layers import (
     FFN,
     DropPath,
@@ -416,6 +415,9 @@ class STT(PyramidBackbone):
     )
     arch_numbers = ('window_size',)
 
+    #: A classifier has none.
+    optional_names = ('levels.',)
+
     def __init__(
         self, arch: str | dict = 's25', with_cls: bool = False, **kwargs: Any
     ) -> None:
@@ -509,22 +511,3 @@ class STT(PyramidBackbone):
         if self.with_cls:
             return self.cls(supers)
         return self.levels[str(index)](x, image)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
-    ) -> None:
-        """Let a classifier's checkpoint, which has no levels, pass as complete."""
-        if not prefix:
-            _unwrap(state_dict)
-        own = self.state_dict()
-        mine = {
-            key[len(prefix) :]: value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        missing = own.keys() - translate(mine, own, self.public_names).keys()
-        levels = {key for key in own if key.startswith('levels.')}
-        # With some of the levels it would be another backbone's.
-        if missing == levels:
-            state_dict.update({prefix + key: own[key] for key in levels})
-        super()._load_from_state_dict(state_dict, prefix, *args)
