@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import merge_tokens, window_dpc_knn
 from ..ops.merge import EPS
-from .layers import FullAttention, attend, split_heads
+from .layers import ConvFFN, FullAttention, attend
 from .pyramid import Block, PyramidBackbone, Stage
 
 #: exp() of an importance above this is beyond use and near overflow.
@@ -66,7 +66,7 @@ class ClusteredAttention(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Map tokens (B, h * w, C) to tokens of the same shape."""
-        q = split_heads(self.q(x), self.num_heads)
+        q = self.q(x)
         drop_rate = self.attn_drop_rate if self.training else 0.0
         attended = [
             attend(q, kv(merged), self.num_heads, drop_rate)
@@ -248,9 +248,8 @@ class ClusTR(PyramidBackbone):
         blocks = [
             Block(
                 make_attention(),
+                ConvFFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
                 embed_dims,
-                mlp_ratio,
-                self.drop_rate,
                 rate,
                 self.norm_cfg,
             )

@@ -16,9 +16,8 @@ from .layers import (
     PatchEmbed,
     attend,
     build_norm,
-    split_heads,
 )
-from .pyramid import PyramidBackbone, Stage, run_block
+from .pyramid import Block, PyramidBackbone, Stage, run_block
 
 #: Stages whose pixels and semantics attend to each other; later ones merge them.
 DUAL_STAGES = 2
@@ -114,7 +113,7 @@ class SemanticTokens(nn.Module):
         pooled, queries = (y.flatten(2).transpose(1, 2) for y in (pooled, queries))
         q = self.q(self.q_norm(queries)).expand_as(pooled)
         drop_rate = self.attn_drop_rate if self.training else 0.0
-        attended = attend(split_heads(q, 1), self.kv(pooled), 1, drop_rate)
+        attended = attend(q, self.kv(pooled), 1, drop_rate)
         weights = self.fuse((attended + pooled).mean(dim=1, keepdim=True))
         first, second = weights.unflatten(2, (2, -1)).softmax(dim=2).unbind(2)
         return self.norm(first * attended + second * pooled)
@@ -213,17 +212,16 @@ class DualAttention(nn.Module):
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
         """Attention of (B, N, C) to (B, M, 2 * C)."""
         drop_rate = self.attn_drop_rate if self.training else 0.0
-        return attend(split_heads(q, self.num_heads), kv, self.num_heads, drop_rate)
+        return attend(q, kv, self.num_heads, drop_rate)
 
 
-class DualBlock(nn.Module):
+class DualBlock(Block):
     """Dual attention, then a feed-forward layer of the pixels.
 
     Args:
         attn (DualAttention): The attention.
+        ffn (ConvFFN): The feed-forward layer.
         embed_dims (int): Channels C of the tokens.
-        hidden_dims (int): Hidden channels of the feed-forward layer.
-        drop_rate (float): Dropout of the feed-forward layer.
         drop_path_rate (float): Stochastic depth of both branches.
         norm_cfg (dict): Norm before each branch.
     """
@@ -231,20 +229,14 @@ class DualBlock(nn.Module):
     def __init__(
         self,
         attn: nn.Module,
+        ffn: nn.Module,
         embed_dims: int,
-        hidden_dims: int,
-        drop_rate: float,
         drop_path_rate: float,
         norm_cfg: dict,
     ) -> None:
-        super().__init__()
-        self.norm1 = build_norm(norm_cfg, embed_dims)
-        self.attn = attn
-        self.norm2 = build_norm(norm_cfg, embed_dims)
-        self.ffn = ConvFFN(embed_dims, hidden_dims, drop_rate, residual=False)
+        super().__init__(attn, ffn, embed_dims, drop_path_rate, norm_cfg)
         self.gamma1 = make_scale(embed_dims)
         self.gamma2 = make_scale(embed_dims)
-        self.drop_path = DropPath(drop_path_rate)
 
     def forward(
         self, x: Tensor, semantics: Tensor, hw: tuple[int, int]
@@ -261,30 +253,25 @@ class MergeBlock(DualBlock):
 
     Args:
         attn (FullAttention): The attention.
+        ffn (ConvFFN): The pixels' feed-forward layer.
+        semantic_ffn (FFN, optional): The semantics'; None where nobody needs
+            them after the attention.
         embed_dims (int): Channels C of the tokens.
-        hidden_dims (int): Hidden channels of the pixels' feed-forward layer.
-        drop_rate (float): Dropout of the feed-forward layers.
         drop_path_rate (float): Stochastic depth of both branches.
         norm_cfg (dict): Norm before each branch.
-        last (bool): Whether nobody needs the semantics after the attention.
     """
 
     def __init__(
         self,
         attn: nn.Module,
+        ffn: nn.Module,
+        semantic_ffn: nn.Module | None,
         embed_dims: int,
-        hidden_dims: int,
-        drop_rate: float,
         drop_path_rate: float,
         norm_cfg: dict,
-        last: bool,
     ) -> None:
-        super().__init__(
-            attn, embed_dims, hidden_dims, drop_rate, drop_path_rate, norm_cfg
-        )
-        self.semantic_ffn = (
-            None if last else FFN(embed_dims, 2 * embed_dims, drop_rate, nn.GELU())
-        )
+        super().__init__(attn, ffn, embed_dims, drop_path_rate, norm_cfg)
+        self.semantic_ffn = semantic_ffn
 
     def forward(
         self, x: Tensor, semantics: Tensor, hw: tuple[int, int]
@@ -485,8 +472,6 @@ class DualViT(PyramidBackbone):
             raise ValueError(
                 f'arch mlp_ratios must be above 1 in the third stage, got {ratios}'
             )
-        # The norms that keep PyTorch's eps.
-        self.inner_norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
         self.build_stages()
 
     def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> DualStage:
@@ -532,13 +517,20 @@ class DualViT(PyramidBackbone):
         )
         if index == 2 and number % 2:
             mlp_ratio -= 1
-        hidden_dims = int(embed_dims * mlp_ratio)
-        common = (self.drop_rate, drop_path_rate, self.norm_cfg)
+        ffn = ConvFFN(
+            embed_dims, int(embed_dims * mlp_ratio), self.drop_rate, residual=False
+        )
+        common = (embed_dims, drop_path_rate, self.norm_cfg)
         if index >= DUAL_STAGES:
             attn = FullAttention(
                 embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
             )
-            return MergeBlock(attn, embed_dims, hidden_dims, *common, last)
+            semantic_ffn = (
+                None
+                if last
+                else FFN(embed_dims, 2 * embed_dims, self.drop_rate, nn.GELU())
+            )
+            return MergeBlock(attn, ffn, semantic_ffn, *common)
         attn = DualAttention(
             embed_dims,
             num_heads,
@@ -547,7 +539,7 @@ class DualViT(PyramidBackbone):
             drop_path_rate,
             self.inner_norm_cfg,
         )
-        return DualBlock(attn, embed_dims, hidden_dims, *common)
+        return DualBlock(attn, ffn, *common)
 
     def feature(self, index: int, state: tuple[Tensor, Tensor | None]) -> Tensor:
         """Contiguous map (B, C, h, w) in what stage ``index`` returned."""

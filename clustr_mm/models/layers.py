@@ -192,7 +192,7 @@ def attend(
     """Multi-head softmax attention with scale ``head_dim ** -0.5``.
 
     Args:
-        q (Tensor): (B, heads, N, head_dim).
+        q (Tensor): (B, N, heads * head_dim).
         kv (Tensor): (B, M, 2 * heads * head_dim), keys before values.
         num_heads (int): Number of heads.
         drop_rate (float): Dropout of the attention weights.
@@ -202,7 +202,7 @@ def attend(
     Returns:
         Tensor: (B, N, heads * head_dim).
     """
-    k, v = (split_heads(part, num_heads) for part in kv.chunk(2, dim=-1))
+    q, k, v = (split_heads(part, num_heads) for part in (q, *kv.chunk(2, dim=-1)))
     if mask is not None:
         mask = mask[:, None, None]
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate)
@@ -244,7 +244,6 @@ class FullAttention(nn.Module):
         Returns:
             Tensor: Of the shape of ``x``.
         """
-        q = split_heads(self.q(x), self.num_heads)
         drop_rate = self.attn_drop_rate if self.training else 0.0
-        x = attend(q, self.kv(x), self.num_heads, drop_rate, mask)
+        x = attend(self.q(x), self.kv(x), self.num_heads, drop_rate, mask)
         return self.drop(self.proj(x))

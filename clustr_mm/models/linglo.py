@@ -213,9 +213,8 @@ class LinGlo(PyramidBackbone):
         blocks = [
             Block(
                 make_mixer(number),
+                ConvFFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
                 embed_dims,
-                mlp_ratio,
-                self.drop_rate,
                 rate,
                 self.norm_cfg,
             )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import accept_checkpoints
-from .layers import ConvFFN, DropPath, PatchEmbed, build_norm, init_weights
+from .layers import DropPath, PatchEmbed, build_norm, init_weights
 
 
 def run_block(block: nn.Module, with_cp: bool, *args: Any) -> Any:
@@ -20,13 +20,12 @@ def run_block(block: nn.Module, with_cp: bool, *args: Any) -> Any:
 
 
 class Block(nn.Module):
-    """Transformer block: attention, then a convolutional feed-forward layer.
+    """Transformer block: attention, then a feed-forward layer.
 
     Args:
         attn (nn.Module): Takes tokens (B, h * w, C) and (h, w).
+        ffn (nn.Module): Takes the same.
         embed_dims (int): Channels C of the tokens.
-        mlp_ratio (float): Hidden channels of the feed-forward layer over C.
-        drop_rate (float): Dropout of the feed-forward layer.
         drop_path_rate (float): Stochastic depth of both branches.
         norm_cfg (dict): Norm before each branch.
     """
@@ -34,9 +33,8 @@ class Block(nn.Module):
     def __init__(
         self,
         attn: nn.Module,
+        ffn: nn.Module,
         embed_dims: int,
-        mlp_ratio: float,
-        drop_rate: float,
         drop_path_rate: float,
         norm_cfg: dict,
     ) -> None:
@@ -44,7 +42,7 @@ class Block(nn.Module):
         self.norm1 = build_norm(norm_cfg, embed_dims)
         self.attn = attn
         self.norm2 = build_norm(norm_cfg, embed_dims)
-        self.ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+        self.ffn = ffn
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -182,6 +180,8 @@ class PyramidBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.norm_cfg = dict(norm_cfg or dict(type='LN', eps=1e-6))
+        #: For norms that keep PyTorch's eps.
+        self.inner_norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
 
     def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> nn.Module:
         """Build stage ``index`` with as many blocks as there are rates.
@@ -219,13 +219,12 @@ class PyramidBackbone(BaseModule):
     def make_patch_embed(self, index: int) -> PatchEmbed:
         """Overlapping patch embedding of stage ``index``, as in PVTv2."""
         embed_dims = self.arch_settings['embed_dims']
-        norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
         return PatchEmbed(
             embed_dims[index - 1] if index else self.in_channels,
             embed_dims[index],
             kernel_size=3 if index else 7,
             stride=2 if index else 4,
-            norm_cfg=norm_cfg,
+            norm_cfg=self.inner_norm_cfg,
         )
 
     def make_norm(self, index: int) -> nn.Module:

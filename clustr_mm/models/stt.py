@@ -10,14 +10,11 @@ from torch.nn import functional as F
 
 from .layers import (
     FFN,
-    DropPath,
     FullAttention,
     PatchEmbed,
     attend,
-    build_norm,
-    split_heads,
 )
-from .pyramid import PyramidBackbone, run_block
+from .pyramid import Block, PyramidBackbone, run_block
 
 #: Stride of the patches; side of the image squares that each of them sees.
 STRIDE = 8
@@ -88,34 +85,12 @@ class PositionEncoding(nn.Module):
         return x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class GroupBlock(nn.Module):
+class GroupBlock(Block):
     """Transformer block: attention inside groups, then a feed-forward layer.
 
-    Args:
-        attn (FullAttention): The attention.
-        embed_dims (int): Channels C of the tokens.
-        mlp_ratio (float): Hidden channels of the feed-forward layer over C.
-        drop_rate (float): Dropout of the feed-forward layer.
-        drop_path_rate (float): Stochastic depth of both branches, which drops
-            all groups of a sample at once.
-        norm_cfg (dict): Norm before each branch.
+    Arguments as of :class:`Block`, with a :class:`FullAttention` and a plain
+    :class:`FFN`. Stochastic depth drops all groups of a sample at once.
     """
-
-    def __init__(
-        self,
-        attn: nn.Module,
-        embed_dims: int,
-        mlp_ratio: float,
-        drop_rate: float,
-        drop_path_rate: float,
-        norm_cfg: dict,
-    ) -> None:
-        super().__init__()
-        self.norm1 = build_norm(norm_cfg, embed_dims)
-        self.attn = attn
-        self.norm2 = build_norm(norm_cfg, embed_dims)
-        self.ffn = FFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
-        self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Let the tokens of each group attend to each other.
@@ -241,36 +216,17 @@ class ClassAttention(FullAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to (B, 1, C)."""
-        q = split_heads(self.q(x[:, :1]), self.num_heads)
         drop_rate = self.attn_drop_rate if self.training else 0.0
-        x = attend(q, self.kv(x), self.num_heads, drop_rate)
+        x = attend(self.q(x[:, :1]), self.kv(x), self.num_heads, drop_rate)
         return self.drop(self.proj(x))
 
 
-class ClassBlock(nn.Module):
-    """Transformer block of the class token alone.
+class ClassBlock(Block):
+    """Transformer block of the class token alone, without stochastic depth.
 
-    Args:
-        attn (ClassAttention): The attention.
-        embed_dims (int): Channels C of the tokens.
-        mlp_ratio (float): Hidden channels of the feed-forward layer over C.
-        drop_rate (float): Dropout of the feed-forward layer.
-        norm_cfg (dict): Norm before each branch.
+    Arguments as of :class:`Block`, with a :class:`ClassAttention` and a plain
+    :class:`FFN`.
     """
-
-    def __init__(
-        self,
-        attn: nn.Module,
-        embed_dims: int,
-        mlp_ratio: float,
-        drop_rate: float,
-        norm_cfg: dict,
-    ) -> None:
-        super().__init__()
-        self.norm1 = build_norm(norm_cfg, embed_dims)
-        self.attn = attn
-        self.norm2 = build_norm(norm_cfg, embed_dims)
-        self.ffn = FFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
 
     def forward(self, token: Tensor, supers: Tensor) -> Tensor:
         """Map the class token (B, 1, C), with super tokens (B, S, C), to its next."""
@@ -460,9 +416,9 @@ class STT(PyramidBackbone):
                 ClassAttention(
                     embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
                 ),
+                FFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
                 embed_dims,
-                mlp_ratio,
-                self.drop_rate,
+                0.0,
                 self.norm_cfg,
             )
             for _ in range(CLASS_BLOCKS)
@@ -482,9 +438,8 @@ class STT(PyramidBackbone):
                 FullAttention(
                     embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
                 ),
+                FFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
                 embed_dims,
-                mlp_ratio,
-                self.drop_rate,
                 rate,
                 self.norm_cfg,
             )
@@ -492,9 +447,8 @@ class STT(PyramidBackbone):
         ]
         patch_embed = None
         if index == 0:
-            norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
             patch_embed = PatchEmbed(
-                self.in_channels, embed_dims, PATCH, STRIDE, norm_cfg
+                self.in_channels, embed_dims, PATCH, STRIDE, self.inner_norm_cfg
             )
         return SuperTokenStage(
             blocks,
