@@ -1,28 +1,21 @@
-import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_models import backbones
+from test_models.backbones import ARCHS, HALF, randn
 from torch import nn
 
 from clustr_mm import ClusTR
-from clustr_mm.models import layers, pyramid
+from clustr_mm.models import layers
 from clustr_mm.models.clustr import ClusteredAttention
 from clustr_mm.ops import dpc_knn, windows
 
-# Before 2.2 autocast on a CPU knows no float16.
-HALF = [torch.bfloat16]
-if hasattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu'):
-    HALF.append(torch.float16)
 GOLDEN = Path(__file__).parents[1] / 'data' / 'clustr_tiny.npz'
-ARCH = dict(
-    embed_dims=[16, 32, 48, 64],
-    num_heads=[1, 2, 3, 4],
-    mlp_ratios=[2, 2, 2, 2],
-    depths=[1, 2, 2, 1],
-    sr_ratios=[8, 4, 2, 1],
-)
+ARCH = ARCHS['ClusTR']
+random_model = partial(backbones.random_model, 'ClusTR')
 
 
 @pytest.fixture(scope='module')
@@ -42,19 +35,6 @@ def golden_model(golden):
         }
     )
     return model
-
-
-def random_model(**kwargs):
-    """A model whose biases and norms do something, too."""
-    torch.manual_seed(0)
-    model = ClusTR(**{'arch': ARCH, 'drop_path_rate': 0.0, **kwargs})
-    for param in model.parameters():
-        param.data += 0.05 * torch.randn_like(param)
-    return model
-
-
-def randn(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- the numbers of the public code
@@ -112,53 +92,6 @@ def test_parameter_count(names, count):
 
 
 # ---- shapes
-
-
-@pytest.mark.parametrize('batch', [1, 2, 3, 5])
-@pytest.mark.parametrize(
-    'size',
-    [(32, 32), (31, 31), (33, 33), (7, 50), (112, 137), (256, 309), (1, 1), (2, 9)],
-)
-def test_output_shapes(size, batch):
-    model = random_model().eval()
-    with torch.no_grad():
-        outs = model(randn(batch, 3, *size))
-    assert isinstance(outs, tuple)
-    for i, out in enumerate(outs):
-        stride = 4 * 2**i
-        expected = (batch, ARCH['embed_dims'][i], *(-(-s // stride) for s in size))
-        assert out.shape == expected
-        assert out.is_contiguous()
-        assert out.isfinite().all()
-
-
-def test_image_alone_and_in_a_batch():
-    model = random_model().eval()
-    images = randn(3, 3, 50, 70)
-    with torch.no_grad():
-        together = model(images)
-        alone = model(images[1:2])
-    for a, b in zip(together, alone):
-        torch.testing.assert_close(a[1:2], b, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize('out_indices', [(0,), (3,), (0, 2), (1, 2, 3), (0, 1)])
-def test_out_indices(out_indices):
-    x = randn(2, 3, 40, 40)
-    full = random_model().eval()
-    part = ClusTR(ARCH, out_indices=out_indices).eval()
-    assert len(part.stages) == out_indices[-1] + 1
-    part.load_state_dict(full.state_dict(), strict=False)
-    with torch.no_grad():
-        expected, outs = full(x), part(x)
-    assert len(outs) == len(out_indices)
-    for index, out in zip(out_indices, outs):
-        assert torch.equal(out, expected[index])
-
-
-def test_in_channels():
-    out = ClusTR(ARCH, in_channels=6)(randn(1, 6, 32, 32))
-    assert out[0].shape == (1, 16, 8, 8)
 
 
 def test_full_attention_where_nothing_is_merged():
@@ -223,41 +156,6 @@ def test_num_neighbors_reaches_the_clustering(monkeypatch):
 # ---- training
 
 
-def test_every_parameter_gets_a_gradient():
-    model = random_model().train()
-    sum(out.square().mean() for out in model(randn(2, 3, 64, 64))).backward()
-    for name, param in model.named_parameters():
-        assert param.grad is not None and param.grad.abs().sum() > 0, name
-
-
-@pytest.mark.parametrize('last', [0, 1, 2])
-def test_no_unused_parameter_before_the_last_output(last):
-    model = random_model(out_indices=(last,)).train()
-    model(randn(1, 3, 64, 64))[0].square().mean().backward()
-    assert all(param.grad is not None for param in model.parameters())
-
-
-def test_same_input_same_output_in_training():
-    model = random_model().train()
-    x = randn(2, 3, 60, 44)
-    for a, b in zip(model(x), model(x)):
-        assert torch.equal(a, b)
-
-
-def test_drop_rates_act_in_training_only():
-    x = randn(4, 3, 32, 32)
-    for name in ['drop_rate', 'attn_drop_rate', 'drop_path_rate']:
-        model = random_model(**{name: 0.5})
-        assert not torch.equal(model.train()(x)[-1], model(x)[-1]), name
-        assert torch.equal(model.eval()(x)[-1], model(x)[-1]), name
-
-
-def test_drop_path_grows_linearly():
-    model = ClusTR(ARCH, drop_path_rate=0.5)
-    rates = [b.drop_path.prob for stage in model.stages for b in stage.blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
-
-
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     drop = layers.DropPath(0.25).train()
@@ -266,61 +164,6 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert torch.equal(out, values[:, None, None].expand_as(out))
     assert sorted(set(values.tolist())) == pytest.approx([0, 4 / 3])
     assert values.mean().item() == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize('frozen', [-1, 0, 1, 3])
-def test_frozen_stages(frozen):
-    model = random_model(frozen_stages=frozen, drop_rate=0.3, drop_path_rate=0.3)
-
-    def check():
-        for i, stage in enumerate(model.stages):
-            for param in stage.parameters():
-                assert param.requires_grad == (i > frozen)
-            for module in stage.modules():
-                assert module.training == (i > frozen)
-
-    # From the constructor on; there, MMEngine wraps the model for several GPUs.
-    for param in model.stages[: frozen + 1].parameters():
-        assert not param.requires_grad
-    assert model.train() is model
-    check()
-    model.eval()
-    assert not any(module.training for module in model.modules())
-    model.train()
-    check()
-
-
-def test_with_cp_equals_plain():
-    plain = random_model(drop_rate=0.2, attn_drop_rate=0.2, drop_path_rate=0.3)
-    saving = random_model(
-        drop_rate=0.2, attn_drop_rate=0.2, drop_path_rate=0.3, with_cp=True
-    )
-    results = []
-    for model in (plain, saving):
-        x = randn(2, 3, 48, 64).requires_grad_()
-        torch.manual_seed(3)
-        outs = model.train()(x)
-        sum(out.square().mean() for out in outs).backward()
-        results.append([x.grad, *outs, *[p.grad for p in model.parameters()]])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def test_with_cp_recomputes_without_reentrance(monkeypatch):
-    calls = []
-    real = pyramid.checkpoint
-
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(pyramid, 'checkpoint', spy)
-    model = random_model(with_cp=True)
-    with torch.no_grad():
-        model(randn(1, 3, 32, 32))
-    assert not calls
-    model(randn(1, 3, 32, 32))
-    assert calls == [dict(use_reentrant=False)] * 6
 
 
 @pytest.mark.parametrize('dtype', HALF)
@@ -380,53 +223,18 @@ def test_norm_cfg():
     assert ClusTR(ARCH).stages[0].norm.eps == 1e-6
 
 
-def test_deepcopy():
-    model = random_model().eval()
-    x = randn(1, 3, 32, 32)
-    assert torch.equal(copy.deepcopy(model)(x)[-1], model(x)[-1])
-
-
 # ---- wrong arguments
 
 
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(arch='huge'), "'tiny', 't', 'b1'.*got 'huge'"),
-        (dict(arch=5), 'keys .*embed_dims.*got 5'),
-        (dict(arch={k: v for k, v in ARCH.items() if k != 'depths'}), 'keys.*depths'),
-        (dict(arch={**ARCH, 'width': [1]}), 'got .*width'),
-        (dict(arch={**ARCH, 'depths': [1, 1]}), "equally long.*'depths': 2"),
-        (dict(arch={**ARCH, 'depths': [1, 0, 1, 1]}), r'depths must.*\[1, 0, 1, 1\]'),
-        (dict(arch={**ARCH, 'num_heads': [3, 2, 3, 4]}), 'divisible.*16 and 3'),
-        (dict(in_channels=0), 'in_channels.*got 0'),
         (dict(num_neighbors=0), 'num_neighbors.*got 0'),
         (dict(cluster_window=0), 'cluster_window.*got 0'),
         (dict(cluster_window=-224), 'cluster_window.*got -224'),
         (dict(cluster_window=1.5), 'cluster_window.*got 1.5'),
-        (dict(drop_rate=1.0), r'drop_rate.*\[0, 1\).*1.0'),
-        (dict(attn_drop_rate=-0.1), 'attn_drop_rate.*-0.1'),
-        (dict(drop_path_rate=1.5), 'drop_path_rate.*1.5'),
-        (dict(out_indices=(4,)), r'out_indices.*\[0, 1, 2, 3\].*\(4,\)'),
-        (dict(out_indices=(-1,)), r'out_indices.*\(-1,\)'),
-        (dict(out_indices=(2, 1)), r'out_indices.*\(2, 1\)'),
-        (dict(out_indices=()), r'out_indices.*\(\)'),
-        (dict(frozen_stages=4), 'frozen_stages.*-1, 0, 1, 2, 3.*got 4'),
-        (dict(frozen_stages=-2), 'frozen_stages.*got -2'),
-        (dict(norm_cfg=dict(eps=1e-6)), 'norm_cfg.*None'),
-        (dict(norm_cfg=dict(type='NoSuchNorm')), 'norm_cfg.*NoSuchNorm'),
     ],
 )
 def test_wrong_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ClusTR(**{'arch': ARCH, **kwargs})
-
-
-@pytest.mark.parametrize(
-    'shape', [(3, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32), (0, 3, 32, 32), (1, 3, 9)]
-)
-def test_wrong_input(shape):
-    model = ClusTR(ARCH)
-    with pytest.raises(ValueError, match=r'\(B, 3, H, W\)') as error:
-        model(torch.zeros(shape))
-    assert str(shape) in str(error.value)

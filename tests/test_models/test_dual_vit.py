@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -6,21 +7,16 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
+from test_models import backbones
+from test_models.backbones import ARCHS, loss_of, randn
 from test_models.test_checkpoint import wrappings
-from test_models.test_clustr import randn
 from torch import nn
 
-from clustr_mm.models import pyramid
 from clustr_mm.models.dual_vit import DualViT, SemanticTokens
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'dual_vit_tiny.npz'
-ARCH = dict(
-    stem_width=8,
-    embed_dims=[16, 32, 48, 64],
-    num_heads=[1, 2, 3, 4],
-    mlp_ratios=[2, 2, 3, 2],
-    depths=[1, 2, 2, 2],
-)
+ARCH = ARCHS['DualViT']
+random_model = partial(backbones.random_model, 'DualViT')
 
 
 @pytest.fixture(scope='module')
@@ -37,19 +33,6 @@ def public(golden):
         for name, value in golden.items()
         if name.startswith('param/')
     }
-
-
-def random_model(**kwargs):
-    """A model whose biases, norms and scales do something, too."""
-    torch.manual_seed(0)
-    model = DualViT(**{'arch': ARCH, 'drop_path_rate': 0.0, **kwargs})
-    for param in model.parameters():
-        param.data += 0.05 * torch.randn_like(param)
-    return model
-
-
-def loss_of(outs):
-    return sum(out.float().square().mean() for out in outs)
 
 
 # ---- the numbers of the public code
@@ -95,50 +78,6 @@ def test_feed_forward_widths():
 # ---- shapes
 
 
-@pytest.mark.parametrize('batch', [1, 3])
-@pytest.mark.parametrize('size', [(1, 1), (31, 33), (64, 64), (97, 160), (2, 70)])
-def test_output_shapes(size, batch):
-    model = random_model().eval()
-    with torch.no_grad():
-        outs = model(randn(batch, 3, *size))
-    assert isinstance(outs, tuple)
-    for i, out in enumerate(outs):
-        stride = 4 * 2**i
-        expected = (batch, ARCH['embed_dims'][i], *(-(-s // stride) for s in size))
-        assert out.shape == expected
-        assert out.is_contiguous()
-        assert out.isfinite().all()
-
-
-def test_image_alone_and_in_a_batch():
-    model = random_model().eval()
-    images = randn(3, 3, 50, 70)
-    with torch.no_grad():
-        together = model(images)
-        alone = model(images[1:2])
-    for a, b in zip(together, alone):
-        torch.testing.assert_close(a[1:2], b, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize('out_indices', [(0,), (3,), (0, 2), (1, 2, 3), (0, 1)])
-def test_out_indices(out_indices):
-    x = randn(2, 3, 40, 40)
-    full = random_model().eval()
-    part = DualViT(ARCH, out_indices=out_indices).eval()
-    assert len(part.stages) == out_indices[-1] + 1
-    part.load_state_dict(full.state_dict(), strict=False)
-    with torch.no_grad():
-        expected, outs = full(x), part(x)
-    assert len(outs) == len(out_indices)
-    for index, out in zip(out_indices, outs):
-        assert torch.equal(out, expected[index])
-
-
-def test_in_channels():
-    out = DualViT(ARCH, in_channels=6).eval()(randn(1, 6, 32, 32))
-    assert out[0].shape == (1, 16, 8, 8)
-
-
 # ---- the parts against their definition
 
 
@@ -179,29 +118,6 @@ def test_pixels_see_the_whole_image_in_the_first_stage():
 # ---- training
 
 
-@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (0,), (1,), (2,), (0, 2)])
-def test_every_parameter_gets_a_gradient(out_indices):
-    model = random_model(out_indices=out_indices).train()
-    loss_of(model(randn(2, 3, 64, 64))).backward()
-    for name, param in model.named_parameters():
-        assert param.grad is not None and param.grad.abs().sum() > 0, name
-
-
-def test_drop_rates_act_in_training_only():
-    x = randn(4, 3, 64, 64)
-    for name in ['drop_rate', 'attn_drop_rate', 'drop_path_rate']:
-        model = random_model(**{name: 0.5})
-        assert not torch.equal(model.train()(x)[-1], model(x)[-1]), name
-        assert torch.equal(model.eval()(x)[-1], model(x)[-1]), name
-
-
-def test_same_input_same_output_in_training():
-    model = random_model().train()
-    x = randn(2, 3, 60, 44)
-    for a, b in zip(model(x), model(x)):
-        assert torch.equal(a, b)
-
-
 def test_drop_path_drops_every_branch_of_a_sample(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'bernoulli_', lambda self, _: self.zero_())
     model = random_model(drop_path_rate=0.5).train()
@@ -221,74 +137,6 @@ def test_drop_path_drops_every_branch_of_a_sample(monkeypatch):
             assert torch.equal(before, after)
     rates = [b.drop_path.prob for stage in model.stages for b in stage.blocks]
     assert rates == pytest.approx([i / 12 for i in range(7)])
-
-
-@pytest.mark.parametrize('frozen', [-1, 0, 2, 3])
-def test_frozen_stages(frozen):
-    model = random_model(frozen_stages=frozen)
-    for i, stage in enumerate(model.stages):
-        assert all(param.requires_grad == (i > frozen) for param in stage.parameters())
-    assert model.train() is model
-    for i, stage in enumerate(model.stages):
-        assert all(module.training == (i > frozen) for module in stage.modules())
-    norm = model.stages[0].patch_embed.stem[1]
-    before = norm.running_mean.clone()
-    model(randn(2, 3, 32, 32))
-    assert torch.equal(norm.running_mean, before) == (frozen >= 0)
-    if frozen < 3:
-        loss_of(model(randn(2, 3, 32, 32))).backward()
-        for i, stage in enumerate(model.stages):
-            assert all((p.grad is not None) == (i > frozen) for p in stage.parameters())
-
-
-def test_with_cp_equals_plain(monkeypatch):
-    calls = []
-    real = pyramid.checkpoint
-
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(pyramid, 'checkpoint', spy)
-    results = []
-    for with_cp in (False, True):
-        model = random_model(
-            drop_rate=0.2, attn_drop_rate=0.2, drop_path_rate=0.3, with_cp=with_cp
-        )
-        x = randn(2, 3, 64, 96).requires_grad_()
-        torch.manual_seed(3)
-        outs = model.train()(x)
-        loss_of(outs).backward()
-        grads = [param.grad for param in model.parameters()]
-        results.append([x.grad, *outs, *grads, *model.buffers()])
-        assert len(calls) == 7 * with_cp
-    assert all(call == dict(use_reentrant=False) for call in calls)
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def test_autocast():
-    model = random_model().train()
-    x = randn(2, 3, 64, 64)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        loss = loss_of(model(x))
-    loss.backward()
-    assert loss.isfinite()
-    assert all(param.grad.isfinite().all() for param in model.parameters())
-    torch.testing.assert_close(loss, loss_of(model(x)), rtol=0.02, atol=0)
-
-
-def test_compile_and_export():
-    torch._dynamo.reset()
-    model = DualViT({**ARCH, 'depths': [1, 1, 1, 1]}).eval()
-    x = randn(1, 3, 64, 96)
-    with torch.no_grad():
-        expected = model(x)
-        program = torch.export.export(model, (x,))
-        compiled = torch.compile(model, backend='eager', fullgraph=True)
-        for outs in (program.module()(x), compiled(x)):
-            for a, b in zip(outs, expected):
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 # ---- initialisation
@@ -411,31 +259,16 @@ def test_wrong_checkpoint_counts_and_names(public):
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(arch='tiny'), "'small', 's'.*got 'tiny'"),
-        (dict(arch=5), 'keys .*stem_width.*got 5'),
         (dict(arch={k: v for k, v in ARCH.items() if k != 'stem_width'}), 'keys'),
         (dict(arch={**ARCH, 'sr_ratios': [1] * 4}), 'got .*sr_ratios'),
         (dict(arch={**ARCH, 'stem_width': 0}), 'stem_width .*positive.*got 0'),
         (dict(arch={**ARCH, 'stem_width': [8]}), r'stem_width .*got \[8\]'),
-        (dict(arch={**ARCH, 'depths': [1, 1]}), "equally long.*'depths': 2"),
-        (dict(arch={**ARCH, 'depths': [1, 0, 1, 1]}), r'depths must.*\[1, 0, 1, 1\]'),
-        (dict(arch={**ARCH, 'num_heads': [3, 2, 3, 4]}), 'divisible.*16 and 3'),
         (dict(arch={**ARCH, 'mlp_ratios': [2, 2, 1, 2]}), r'above 1.*\[2, 2, 1, 2\]'),
-        (dict(in_channels=0), 'in_channels.*got 0'),
-        (dict(drop_rate=1.0), r'drop_rate.*\[0, 1\).*1.0'),
-        (dict(out_indices=(4,)), r'out_indices.*\(4,\)'),
-        (dict(frozen_stages=4), 'frozen_stages.*got 4'),
-        (dict(norm_cfg=dict(eps=1e-6)), 'norm_cfg.*None'),
     ],
 )
 def test_wrong_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         DualViT(**{'arch': ARCH, **kwargs})
-
-
-def test_wrong_input():
-    with pytest.raises(ValueError, match=r'\(B, 3, H, W\).*\(1, 4, 32, 32\)'):
-        DualViT(ARCH)(torch.zeros(1, 4, 32, 32))
 
 
 def test_one_pixel_cannot_train_the_batch_norms():

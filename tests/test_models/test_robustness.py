@@ -6,40 +6,27 @@ import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from clustr_mm import ClusTR
-
-ARCH = dict(
-    embed_dims=[16, 32, 48, 64],
-    num_heads=[1, 2, 3, 4],
-    mlp_ratios=[2, 2, 2, 2],
-    depths=[1, 1, 2, 1],
-    sr_ratios=[8, 4, 2, 1],
+from test_models.backbones import (
+    CASES,
+    HALF,
+    for_all,
+    for_maps,
+    loss_of,
+    make_model,
+    randn,
+    random_model,
 )
 
-
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    return ClusTR(ARCH, **kwargs).eval()
+MODELS = {name: random_model(name).eval() for name in CASES}
 
 
-# Before 2.2 a CPU has no products of float16.
-HALF = [torch.bfloat16]
-if hasattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu'):
-    HALF.append(torch.float16)
-MODEL = make_model()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run(x, model=MODEL):
+def run(model, x):
     with torch.no_grad():
         return model(x)
 
@@ -58,95 +45,110 @@ LAYOUTS = {
 }
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=120, derandomize=True)
 @given(
+    name=st.sampled_from(list(CASES)),
     batch=st.integers(1, 3),
     height=st.integers(1, 70),
     width=st.integers(1, 70),
     layout=st.sampled_from(list(LAYOUTS)),
 )
-def test_sizes_and_layouts(batch, height, width, layout):
+def test_sizes_and_layouts(name, batch, height, width, layout):
+    model = MODELS[name]
     x = LAYOUTS[layout](randn(batch, 3, height, width))
-    maps = run(x)
-    for i, (y, channels) in enumerate(zip(maps, ARCH['embed_dims'])):
+    outs = run(model, x)
+    for i, (y, channels) in enumerate(zip(outs, model.arch_settings['embed_dims'])):
         stride = 4 * 2**i
-        assert y.shape == (batch, channels, -(-height // stride), -(-width // stride))
+        size = () if y.ndim == 2 else (-(-height // stride), -(-width // stride))
+        assert y.shape == (batch, channels, *size)
         assert y.isfinite().all() and y.is_contiguous()
-    assert equal(maps, run(x.clone(memory_format=torch.contiguous_format)))
+    assert equal(outs, run(model, x.clone(memory_format=torch.contiguous_format)))
 
 
-def test_double_precision():
-    model = make_model().double()
-    maps = run(randn(1, 3, 40, 56).double(), model)
-    assert all(y.dtype == torch.float64 and y.isfinite().all() for y in maps)
+@for_all
+def test_double_precision(name):
+    outs = run(random_model(name).double().eval(), randn(1, 3, 40, 56).double())
+    for y, single in zip(outs, run(MODELS[name], randn(1, 3, 40, 56))):
+        assert y.dtype == torch.float64
+        torch.testing.assert_close(y.float(), single, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('dtype', HALF)
-def test_half_precision_weights(dtype):
-    model = make_model().to(dtype)
-    maps = run(randn(2, 3, 40, 56).to(dtype), model)
-    assert all(y.dtype == dtype and y.isfinite().all() for y in maps)
+@for_all
+def test_half_precision_weights(name, dtype):
+    model = random_model(name).to(dtype).eval()
+    outs = run(model, randn(2, 3, 40, 56).to(dtype))
+    assert all(y.dtype == dtype and y.isfinite().all() for y in outs)
 
 
 @pytest.mark.parametrize('value', [0.0, 255.0, 1e-30, 1e15, -1e15])
-def test_plain_images(value):
-    maps = run(torch.full((2, 3, 48, 40), value))
-    assert all(y.isfinite().all() for y in maps)
+@for_all
+def test_plain_images(name, value):
+    outs = run(MODELS[name], torch.full((2, 3, 48, 40), value))
+    assert all(y.isfinite().all() for y in outs)
     # Not bit by bit: the library's matrix products round by the place in the batch.
-    for y in maps:
+    for y in outs:
         torch.testing.assert_close(y[0], y[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf'), 3e38])
-def test_broken_pixels_stay_in_their_image(value):
+@for_all
+def test_broken_pixels_stay_in_their_image(name, value):
     x = randn(3, 3, 48, 40)
-    good = run(x)
+    good = run(MODELS[name], x)
     x[1, :, 5:9, 7] = value
-    bad = run(x)
+    bad = run(MODELS[name], x)
     for a, b in zip(good, bad):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
         assert not torch.equal(a[1].nan_to_num(7.0), b[1].nan_to_num(7.0))
 
 
-def test_meta_device():
+@for_maps
+def test_meta_device(name):
     with torch.device('meta'):
-        model = ClusTR(ARCH)
-        maps = model(torch.empty(2, 3, 64, 96))
-    assert [tuple(y.shape) for y in maps] == [
-        (2, 16, 16, 24), (2, 32, 8, 12), (2, 48, 4, 6), (2, 64, 2, 3)
-    ]  # fmt: skip
-    assert all(y.is_meta for y in maps)
+        model = make_model(name)
+        outs = model(torch.empty(2, 3, 64, 96))
+    assert [tuple(y.shape) for y in outs] == [
+        (2, dims, 16 // 2**i, 24 // 2**i)
+        for i, dims in enumerate(model.arch_settings['embed_dims'])
+    ]
+    assert all(y.is_meta for y in outs)
 
 
 @pytest.mark.parametrize(
     'copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 )
-def test_copies(copied):
+@for_all
+def test_copies(name, copied):
     x = randn(1, 3, 50, 60)
-    other = copied(MODEL)
-    assert equal(run(x), run(x, other))
-    fresh = ClusTR(ARCH).eval()
+    expected = run(MODELS[name], x)
+    other = copied(MODELS[name])
+    assert equal(run(other, x), expected)
+    fresh = make_model(name).eval()
+    assert not equal(run(fresh, x), expected)
     fresh.load_state_dict(other.state_dict())
-    assert equal(run(x), run(x, fresh))
+    assert equal(run(fresh, x), expected)
     # Hooks that translate checkpoints come along.
     with pytest.raises(RuntimeError, match='parameters match'):
         other.load_state_dict({})
 
 
-def test_inference_mode():
+@for_all
+def test_inference_mode(name):
     x = randn(1, 3, 50, 60)
     with torch.inference_mode():
-        assert equal(MODEL(x), run(x))
+        assert equal(MODELS[name](x), run(MODELS[name], x))
 
 
-def test_threads():
+@for_all
+def test_threads(name):
     images = [randn(1, 3, 40 + 8 * i, 64, seed=i) for i in range(6)]
-    expected = [run(x) for x in images]
+    expected = [run(MODELS[name], x) for x in images]
     failures = []
 
     def work(order):
         for i in order:
-            if not equal(run(images[i]), expected[i]):
+            if not equal(run(MODELS[name], images[i]), expected[i]):
                 failures.append(i)
 
     threads = [
@@ -160,38 +162,39 @@ def test_threads():
     assert not failures
 
 
-def test_deterministic_algorithms():
+@for_all
+def test_deterministic_algorithms(name):
     torch.use_deterministic_algorithms(True)
     try:
-        model = make_model(drop_path_rate=0.0).train()
+        model = random_model(name).train()
         gradients = []
         for _ in range(2):
             model.zero_grad()
-            sum(y.square().mean() for y in model(randn(2, 3, 48, 64))).backward()
+            loss_of(model(randn(2, 3, 48, 64))).backward()
             gradients.append([p.grad.clone() for p in model.parameters()])
         assert equal(*gradients)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def digest(maps):
-    data = b''.join(y.numpy().tobytes() for y in maps)
-    return hashlib.sha256(data).hexdigest()
+def digest(name):
+    outs = run(MODELS[name], randn(2, 3, 72, 104))
+    return hashlib.sha256(b''.join(y.numpy().tobytes() for y in outs)).hexdigest()
 
 
 def test_another_process_gives_the_same_bits():
     code = (
         'import sys; sys.path.insert(0, sys.argv[1]); import torch\n'
         'torch.set_num_threads(int(sys.argv[2]))\n'
-        'from test_robustness import digest, randn, run\n'
-        'print(digest(run(randn(2, 3, 72, 104))))'
+        'from test_models.test_robustness import CASES, digest\n'
+        'print(*map(digest, CASES))'
     )
-    folder = __file__.rpartition('/')[0]
+    folder = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, '-c', code, folder, str(torch.get_num_threads())],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.strip() == digest(run(randn(2, 3, 72, 104))), done.stderr
+    assert done.stdout.split() == [digest(name) for name in CASES], done.stderr
 
 
 MANY_CALLS = """

@@ -1,0 +1,83 @@
+"""Small variants of every backbone, for the tests that hold for all of them."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import clustr_mm  # noqa: F401  registers the backbones
+
+# Before 2.2 a CPU has no products of float16, in autocast or out of it.
+HALF = [torch.bfloat16]
+if hasattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu'):
+    HALF.append(torch.float16)
+
+# Before 2.4 attention of any model of this kind cannot be traced.
+compiles = pytest.mark.skipif(
+    not hasattr(torch.library, 'register_fake'), reason='torch before 2.4'
+)
+
+ARCHS = dict(
+    ClusTR=dict(
+        embed_dims=[16, 32, 48, 64],
+        num_heads=[1, 2, 3, 4],
+        mlp_ratios=[2, 2, 2, 2],
+        depths=[1, 2, 2, 1],
+        sr_ratios=[8, 4, 2, 1],
+    ),
+    DualViT=dict(
+        stem_width=8,
+        embed_dims=[16, 32, 48, 64],
+        num_heads=[1, 2, 3, 4],
+        mlp_ratios=[2, 2, 3, 2],
+        depths=[1, 2, 2, 2],
+    ),
+    LinGlo=dict(
+        embed_dims=[16, 32, 48, 64],
+        num_heads=[1, 2, 3, 4],
+        mlp_ratios=[2, 2, 2, 2],
+        depths=[1, 2, 3, 2],
+    ),
+    STT=dict(
+        window_size=3,
+        embed_dims=[16, 16, 16, 16],
+        num_heads=[2, 2, 2, 4],
+        mlp_ratios=[2, 2, 2, 2],
+        depths=[4, 2, 1, 2],
+        local_depths=[2, 1, 1, 2],
+    ),
+)
+
+#: What returns maps.
+MAPS = {
+    **{name: dict(type=name) for name in ARCHS},
+    'ClusTR, windows': dict(type='ClusTR', cluster_window=32),
+}
+CASES = {**MAPS, 'STT, class': dict(type='STT', with_cls=True)}
+
+for_maps = pytest.mark.parametrize('name', MAPS)
+for_all = pytest.mark.parametrize('name', CASES)
+
+
+def randn(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_model(name, **kwargs):
+    """By a name out of ``CASES``, without stochastic depth unless asked for."""
+    case = CASES[name]
+    cfg = {'arch': ARCHS[case['type']], 'drop_path_rate': 0.0, **case, **kwargs}
+    torch.manual_seed(0)
+    return MODELS.build(cfg)
+
+
+def random_model(name, **kwargs):
+    """A model whose biases, norms and scales do something, too."""
+    model = make_model(name, **kwargs)
+    for param in model.parameters():
+        param.data += 0.05 * torch.randn_like(param)
+    return model
+
+
+def loss_of(outs):
+    """Some number; the mean of squares hardly depends on what is before a norm."""
+    return sum((out.float() * randn(*out.shape)).sum() for out in outs)
