@@ -1,14 +1,10 @@
 """Takes the backbone out of a checkpoint of any origin, into a file of its own."""
 
-import importlib.util
 import io
 import os
 import re
-import warnings
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .evaluation.checkpoints import shorten
 from .models import ClusTR
-from .models.checkpoint import WRAPPERS, translate, unwrap
+from .models.checkpoint import WRAPPERS, translate
+from .reading import check_safetensors, read_checkpoint, shorten
 
 #: Variants by their long names.
 ARCHS = ('tiny', 'small', 'base')
@@ -33,14 +29,6 @@ AVERAGED = {
     'model_ema': 'the entry model_ema, averaged weights, is ignored',
     'state_dict_ema': 'the entry state_dict_ema, averaged weights, is ignored',
 }
-
-#: How torch tells to switch its safe loader off, and what stands around the reason.
-ADVICE = re.compile(
-    r'.*WeightsUnpickler error:|Weights only load failed\.'
-    r'|In PyTorch 2\.6, we .*?trusted source\.|Please use `torch\.serialization\..*'
-    r'|Check the documentation of torch\.load.*',
-    re.DOTALL,
-)
 
 
 class _Stages(dict):
@@ -154,71 +142,6 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     # A link that leads nowhere does not exist, and would be replaced all the same.
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise ValueError(f'{target}: is there already; --overwrite replaces it')
-
-
-def check_safetensors() -> None:
-    """Raise ValueError if the package for this format is missing."""
-    if importlib.util.find_spec('safetensors') is None:
-        raise ValueError(
-            'files of the format safetensors need the package of this name: '
-            'pip install safetensors'
-        )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running anything in it.
-
-    Args:
-        path (Path): A file of ``torch.save``, or one ending in '.safetensors'.
-
-    Returns:
-        dict: Its content.
-
-    Raises:
-        ValueError: If it cannot be read safely or is not a dict with names.
-        OSError: If the file cannot be opened.
-    """
-    if not path.is_file():
-        what = 'is no regular file' if path.exists() else 'there is no such file'
-        raise ValueError(what)
-    if not path.stat().st_size:
-        raise ValueError('is empty')
-    if path.suffix == '.safetensors':
-        check_safetensors()
-        from safetensors.torch import load_file as load
-    else:
-        load = _load_torch
-    try:
-        content = load(str(path))
-        if isinstance(content, Mapping):
-            content = dict(content)
-            unwrap(content)
-    except (OSError, MemoryError):
-        raise
-    # What a broken or hostile file raises depends on how it is made.
-    except Exception as error:
-        reason = ADVICE.sub('', str(error)).strip()
-        if isinstance(error, KeyError) or not reason:
-            reason = f'{type(error).__name__} {reason}'
-        raise ValueError(
-            f'cannot be read as a checkpoint: {shorten(reason, 200)}'
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-        raise ValueError('holds no state dict')
-    return content
-
-
-def _load_torch(path: str) -> Any:
-    # Scripts in the manner of DeiT, the public code among them, save their command
-    # line beside the weights. A namespace holds attributes and does nothing.
-    allow = getattr(torch.serialization, 'safe_globals', None)
-    with (
-        allow([Namespace]) if allow else nullcontext(),
-        warnings.catch_warnings(),
-    ):
-        # What is odd about a file is an error or of no interest.
-        warnings.simplefilter('ignore')
-        return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def extract_backbone(content: Mapping[str, Any], arch: str = 'auto') -> Conversion:

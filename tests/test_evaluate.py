@@ -297,7 +297,8 @@ def test_loading(tmp_path, monkeypatch):
     torch.save({'state_dict': 3}, 'number.pth')
     for name in ('harmful', 'cut', 'junk', 'empty', 'list', 'number'):
         with pytest.raises(
-            ValueError, match=r'^(cannot be loaded: |holds no state)'
+            ValueError,
+            match='^(cannot be read as|is empty|holds no state)',
         ) as e:
             load(Path(f'{name}.pth'))
         assert '\n' not in str(e.value)
@@ -543,7 +544,7 @@ def test_failures_are_rows(tool, mim, capsys):
     content, markdown = results('out')
     errors = {row['config']: row['error'] for row in content['rows']}
     assert errors[FPN] == 'ValueError: a|b' and errors[FPN_S] is None
-    assert errors[RCNN].startswith('cannot be loaded: ')
+    assert errors[RCNN].startswith('cannot be read as a checkpoint: ')
     assert f'failed: ValueError: a\\|b; log: runs/{FPN}/iter_1/test.log |' in markdown
     assert Path('runs', FPN, 'iter_1/test.log').read_text().startswith('Traceback')
     assert content['not_run'][FPN] == content['not_run'][RCNN] == 'failed, see above'

@@ -28,7 +28,7 @@ from PIL import Image
 
 from clustr_mm import ClusTR
 from clustr_mm.benchmark.report import write_whole
-from clustr_mm.evaluation.checkpoints import shorten
+from clustr_mm.reading import shorten
 from clustr_mm.visualization import (
     Line,
     Pixels,

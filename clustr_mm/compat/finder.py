@@ -67,4 +67,10 @@ def mmcv_ops_are_stand_in() -> bool:
         spec = importlib.util.find_spec(_NAME)
     except (ImportError, ValueError):
         return False
-    return spec is not None and spec.origin == _STAND_IN
+    # By the file's name: the start-up file may serve another copy of the package,
+    # the installed one where this one is a checkout.
+    return (
+        spec is not None
+        and spec.origin is not None
+        and Path(spec.origin).name == Path(_STAND_IN).name
+    )

@@ -2,9 +2,7 @@
 
 import ast
 import logging
-import re
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,14 +13,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
+from ..reading import read_checkpoint, shorten
+
 #: Settings of a model that change nothing about what a checkpoint fits.
 TRAINING_ONLY = ('_scope_', 'drop_path_rate', 'init_cfg', 'pretrained', 'with_cp')
-
-
-def shorten(error: object, limit: int = 300) -> str:
-    """Put a message on one line."""
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + '...'
 
 
 def match_name(name: str, configs: Iterable[Path]) -> Path | None:
@@ -157,24 +151,16 @@ def load(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: If that is not possible, in one line.
     """
-    try:
-        content = torch.load(
-            *(path, 'cpu'), weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    # What a broken file raises depends on where it is broken.
-    except Exception as error:
-        # The loader's advice to switch itself off stands before the reason.
-        reason = re.search(r'(Trying to load u|U)nsupported.*', str(error))
-        text = reason[0] if reason else f'{type(error).__name__}: {error}'
-        raise ValueError(f'cannot be loaded: {shorten(text)}') from error
-    weights = content.get('state_dict', content) if isinstance(content, dict) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(k, str) for k in weights):
+    content = read_checkpoint(path)
+    weights = {
+        key.removeprefix('module.'): value
+        for key, value in content.items()
+        if isinstance(value, Tensor)
+    }
+    if not weights:
         raise ValueError('holds no state dict')
     meta = content.get('meta')
-    return (
-        meta if isinstance(meta, Mapping) else {},
-        {key.removeprefix('module.'): value for key, value in weights.items()},
-    )
+    return meta if isinstance(meta, Mapping) else {}, weights
 
 
 def check_fit(config: Config, weights: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .checkpoints import shorten
+from ..reading import shorten
 from .published import Task, find_task
 
 LOG = 'test.log'

@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..benchmark.backbones import without_weights
-from ..evaluation.checkpoints import load, shorten
+from ..evaluation.checkpoints import load
 from ..models.clustr import ClusTR
+from ..reading import shorten
 
 #: What the data preprocessors of the toolboxes call the exchange of red and blue.
 CONVERSIONS = (

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -779,6 +780,21 @@ def test_start_up_file_is_harmless_without_the_package(tmp_path):
         check=False,
     )
     assert (done.stdout, done.stderr) == ('1\n', '')
+
+
+@stand_in_only
+def test_checkout_beside_an_installed_package(tmp_path):
+    """The start-up file serves the one, the script imports the other."""
+    folder = Path(clustr_mm.__file__).parent
+    shutil.copytree(folder, tmp_path / 'clustr_mm')
+    code = (
+        f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
+        'import clustr_mm, mmcv.ops\n'
+        'assert clustr_mm.__file__.startswith(sys.path[0])\n'
+        'from clustr_mm.compat import mmcv_ops_are_stand_in\n'
+        'print(mmcv_ops_are_stand_in())\n'
+    )
+    assert run_python(code).endswith('True\n')
 
 
 def test_activate_twice_changes_nothing():

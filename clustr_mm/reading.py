@@ -1,0 +1,89 @@
+"""Reads checkpoint files of any origin without running anything in them."""
+
+import importlib.util
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .models.checkpoint import unwrap
+
+#: How torch tells to switch its safe loader off, and what stands around the reason.
+ADVICE = re.compile(
+    r'.*WeightsUnpickler error:|Weights only load failed\.'
+    r'|In PyTorch 2\.6, we .*?trusted source\.|Please use `torch\.serialization\..*'
+    r'|Check the documentation of torch\.load.*',
+    re.DOTALL,
+)
+
+
+def shorten(error: object, limit: int = 300) -> str:
+    """Put a message on one line."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + '...'
+
+
+def check_safetensors() -> None:
+    """Raise ValueError if the package for this format is missing."""
+    if importlib.util.find_spec('safetensors') is None:
+        raise ValueError(
+            'files of the format safetensors need the package of this name: '
+            'pip install safetensors'
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything in it.
+
+    Args:
+        path (Path): A file of ``torch.save``, or one ending in '.safetensors'.
+
+    Returns:
+        dict: Its content; weights in a container such as ``state_dict`` stand beside
+        what was next to that.
+
+    Raises:
+        ValueError: If it cannot be read safely or is not a dict with names.
+        OSError: If the file cannot be opened.
+    """
+    if not path.is_file():
+        what = 'is no regular file' if path.exists() else 'there is no such file'
+        raise ValueError(what)
+    if not path.stat().st_size:
+        raise ValueError('is empty')
+    if path.suffix == '.safetensors':
+        check_safetensors()
+        from safetensors.torch import load_file as load
+    else:
+        load = _load_torch
+    try:
+        content = load(str(path))
+        if isinstance(content, Mapping):
+            content = dict(content)
+            unwrap(content)
+    except (OSError, MemoryError):
+        raise
+    # What a broken or hostile file raises depends on how it is made.
+    except Exception as error:
+        reason = ADVICE.sub('', str(error)).strip()
+        if isinstance(error, KeyError) or not reason:
+            reason = f'{type(error).__name__} {reason}'
+        raise ValueError(
+            f'cannot be read as a checkpoint: {shorten(reason, 200)}'
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        raise ValueError('holds no state dict')
+    return content
+
+
+def _load_torch(path: str) -> Any:
+    with warnings.catch_warnings():
+        # What is odd about a file is an error or of no interest.
+        warnings.simplefilter('ignore')
+        # Optimizer states, twice as large as the weights, are never read.
+        mmap = zipfile.is_zipfile(path)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)

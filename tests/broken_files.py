@@ -1,0 +1,50 @@
+"""Files that are no checkpoint, some of which would run code."""
+
+import io
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Attack:
+    """Writes the file ``hacked`` where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ('echo hacked > hacked',)
+
+
+HOSTILE = ['hostile', 'hostile, old format', 'namespace with a call', 'plain pickle']
+BROKEN = ['truncated', 'zip', 'script', 'objects', 'text', 'empty']
+
+
+def make_file(kind, weights):
+    """Bytes of a kind of file; ``weights`` is what it would hold if it were good."""
+    file = io.BytesIO()
+    if kind == 'hostile':
+        torch.save(dict(state_dict=weights, x=Attack()), file)
+    elif kind == 'hostile, old format':
+        torch.save(Attack(), file, _use_new_zipfile_serialization=False)
+    elif kind == 'namespace with a call':
+        torch.save(dict(state_dict=weights, args=Namespace(x=Attack())), file)
+    elif kind == 'plain pickle':
+        pickle.dump(Attack(), file)
+    elif kind == 'truncated':
+        torch.save(weights, file)
+        return file.getvalue()[:-1000]
+    elif kind == 'zip':
+        with zipfile.ZipFile(file, 'w') as archive:
+            archive.writestr('a', 'b')
+    elif kind == 'script':
+        torch.jit.save(torch.jit.script(nn.Linear(1, 1)), file)
+    elif kind == 'objects':
+        torch.save(dict(a=np.array([[1], 'x'], dtype=object)), file)
+    elif kind == 'text':
+        return b'hello world'
+    elif kind != 'empty':
+        raise ValueError(f'kind must be one of {HOSTILE + BROKEN}, got {kind!r}')
+    return file.getvalue()
