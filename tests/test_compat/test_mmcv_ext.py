@@ -797,6 +797,58 @@ def test_checkout_beside_an_installed_package(tmp_path):
     assert run_python(code).endswith('True\n')
 
 
+WORKERS = """
+import sys
+import torch
+from torch.utils.data import DataLoader
+{imports}
+
+class Kept:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        import mmcv.ops
+
+        boxes = torch.tensor([[0., 0, 9, 9], [0, 0, 8, 9], [5, 5, 7, 7]])
+        kept = mmcv.ops.nms(boxes, torch.tensor([.5, .6, .4]), 0.5)[1]
+        return kept, 'clustr_mm' in sys.modules
+
+if __name__ == '__main__':
+    for context in ('fork', 'spawn'):
+        loader = DataLoader(Kept(), num_workers=1, multiprocessing_context=context)
+        for kept, package in loader:
+            print(context, kept.tolist(), package.item())
+"""
+
+
+@pytest.mark.parametrize(
+    'imports',
+    [
+        '',
+        'import mmcv.ops, clustr_mm',
+        "if __name__ == '__main__': import clustr_mm, mmdet.apis",
+    ],
+)
+def test_workers_of_a_data_loader(tmp_path, imports):
+    """Workers that are started anew need not import what the training did."""
+    pytest.importorskip('mmdet')
+    script = tmp_path / 'train.py'
+    script.write_text(WORKERS.format(imports=imports))
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split(' ', 1)[0] for line in lines] == [
+        *('fork', 'fork', 'spawn', 'spawn')
+    ], done.stderr
+    assert all('[[1, 2]]' in line for line in lines), lines
+    # The package is where it was imported, and the operators are everywhere.
+    package = [line.endswith('True') for line in lines]
+    here, anew = 'clustr_mm' in imports, imports.startswith('import')
+    assert package == [here] * 2 + [here and anew] * 2
+
+
 def test_activate_twice_changes_nothing():
     before = list(sys.meta_path)
     activate()
