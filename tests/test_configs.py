@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
 
 import clustr_mm
 from clustr_mm.benchmark.backbones import our_types
@@ -250,41 +251,44 @@ def mim(command, toolbox, cwd, *arguments, env=None):
 #: Toolbox -> toy task, where its data is looked for, a metric and its range, and
 #: what makes the run short.
 RUNS = dict(
-    mmdet=(
-        *('coco', 'data/coco', 'coco/segm_mAP', 1),
-        ['train_cfg.max_epochs=1'],
-    ),
+    mmdet=('coco', 'data/coco', 'coco/segm_mAP', 1, {'train_cfg.max_epochs': 1}),
     mmseg=(
         *('ade20k', 'data/ade/ADEChallengeData2016', 'mIoU', 100),
-        ['train_cfg.max_iters=2', 'train_cfg.val_interval=9'],
+        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 9},
     ),
     mmpose=(
         *('coco', 'data/coco', 'coco-wholebody/AP', 1),
-        ['train_cfg.max_epochs=1'],
+        {'train_cfg.max_epochs': 1},
     ),
     mmpretrain=(
         *('imagenet', 'data/imagenet', 'accuracy/top1', 100),
-        ['train_cfg.max_epochs=1'],
+        {'train_cfg.max_epochs': 1},
     ),
 )
+
+
+def prepare(toolbox, folder):
+    """Put toy data where the configs look for it; metric, range and settings."""
+    task, place, metric, most, shorter = RUNS[toolbox]
+    root, _ = make_toy_data(task, folder / 'toy', 2, 2, 64, 0)
+    place = folder / place
+    place.parent.mkdir(parents=True)
+    place.symlink_to(root)
+    loaders = {
+        f'{part}_dataloader.{key}': value
+        for part in ('train', 'val', 'test')
+        for key, value in [('num_workers', 0), ('persistent_workers', False)]
+    }
+    loaders['train_dataloader.batch_size'] = 1
+    return metric, most, {**shorter, **loaders, 'default_hooks.logger.interval': 1}
 
 
 @pytest.mark.parametrize('toolbox', RUNS)
 def test_mim_train_and_test(toolbox, tmp_path):
     """The real config, from a foreign directory, on data in its place."""
-    task, place, metric, most, shorter = RUNS[toolbox]
-    root, _ = make_toy_data(task, tmp_path / 'toy', 2, 2, 64, 0)
-    place = tmp_path / place
-    place.parent.mkdir(parents=True)
-    place.symlink_to(root)
+    metric, most, shorter = prepare(toolbox, tmp_path)
+    shorter = ['--cfg-options', *(f'{key}={value}' for key, value in shorter.items())]
     config = TINY[toolbox]
-    shorter = [
-        *('--cfg-options', *shorter, 'default_hooks.logger.interval=1'),
-        *('train_dataloader.batch_size=1', 'train_dataloader.num_workers=0'),
-        *('train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0'),
-        *('val_dataloader.persistent_workers=False', 'test_dataloader.num_workers=0'),
-        'test_dataloader.persistent_workers=False',
-    ]
     env = dict(CLUSTR_IMG_SCALE='160,96')
     done = mim('train', toolbox, tmp_path, config, *shorter, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -305,6 +309,43 @@ def test_mim_train_and_test(toolbox, tmp_path):
         assert 'results of the whole dataset is empty' in done.stdout + done.stderr
     else:
         assert -1 <= value <= most
+
+
+def shrink(setting):
+    """Input sizes, wherever they are, to what the toy data has."""
+    if isinstance(setting, dict):
+        return {key: shrink(value) for key, value in setting.items()}
+    if setting in ((512, 512), (2048, 512), 224, 256):
+        return 64 if isinstance(setting, int) else (64, 64)
+    if isinstance(setting, (list, tuple)):
+        return type(setting)(map(shrink, setting))
+    return setting
+
+
+OTHERS = [path for path in ALL if 'clustr' not in path.stem]
+
+
+@pytest.mark.parametrize('path', OTHERS, ids=lambda p: p.stem)
+def test_other_backbones_train_and_test(path, tmp_path, monkeypatch):
+    """As above in one process, on small images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('CLUSTR_IMG_SCALE', '96,64')
+    metric, most, shorter = prepare(path.parent.name, tmp_path)
+    config = Config.fromfile(path)
+    config.merge_from_dict({**shorter, 'log_level': 'ERROR', 'work_dir': 'work'})
+    config.train_dataloader.batch_size = 2  # batch norm at one pixel
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        config[key] = shrink(config[key].to_dict())
+    if path.parent.name == 'mmseg':
+        config.model.data_preprocessor.size = (64, 64)
+    runner = Runner.from_cfg(config)
+    before = {k: v.clone() for k, v in runner.model.named_parameters()}
+    runner.train()
+    changed = [k for k, v in runner.model.named_parameters() if not v.equal(before[k])]
+    assert any(k.startswith('backbone.') for k in changed)
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    assert len(losses) and all(math.isfinite(loss) for loss in losses)
+    assert -1 <= runner.test().get(metric, 0) <= most
 
 
 def test_foreign_checkpoint_is_no_result(tmp_path):
