@@ -223,9 +223,8 @@ class ClusTR(PyramidBackbone):
 
     def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> Stage:
         """Build stage ``index`` with as many blocks as there are rates."""
-        embed_dims, num_heads, sr_ratio, mlp_ratio = (
-            self.arch_settings[key][index]
-            for key in ('embed_dims', 'num_heads', 'sr_ratios', 'mlp_ratios')
+        embed_dims, num_heads, sr_ratio, mlp_ratio = self.arch_entries(
+            index, 'embed_dims', 'num_heads', 'sr_ratios', 'mlp_ratios'
         )
         # In tokens of this stage.
         window = self.cluster_window and max(1, self.cluster_window // (4 * 2**index))

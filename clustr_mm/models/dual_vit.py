@@ -511,9 +511,8 @@ class DualViT(PyramidBackbone):
         self, index: int, number: int, drop_path_rate: float, last: bool
     ) -> DualBlock:
         """Build block ``number`` of stage ``index``."""
-        embed_dims, num_heads, mlp_ratio = (
-            self.arch_settings[key][index]
-            for key in ('embed_dims', 'num_heads', 'mlp_ratios')
+        embed_dims, num_heads, mlp_ratio = self.arch_entries(
+            index, 'embed_dims', 'num_heads', 'mlp_ratios'
         )
         if index == 2 and number % 2:
             mlp_ratio -= 1

@@ -196,9 +196,8 @@ class LinGlo(PyramidBackbone):
 
     def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> Stage:
         """Build stage ``index`` with as many blocks as there are rates."""
-        embed_dims, num_heads, mlp_ratio = (
-            self.arch_settings[key][index]
-            for key in ('embed_dims', 'num_heads', 'mlp_ratios')
+        embed_dims, num_heads, mlp_ratio = self.arch_entries(
+            index, 'embed_dims', 'num_heads', 'mlp_ratios'
         )
         depth = len(drop_path_rates)
 

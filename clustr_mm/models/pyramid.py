@@ -216,6 +216,10 @@ class PyramidBackbone(BaseModule):
         accept_checkpoints(self, self.public_names, self.optional_names)
         self._freeze_stages()
 
+    def arch_entries(self, index: int, *keys: str) -> tuple:
+        """Entries ``keys`` of the ``arch`` dict for stage ``index``."""
+        return tuple(self.arch_settings[key][index] for key in keys)
+
     def make_patch_embed(self, index: int) -> PatchEmbed:
         """Overlapping patch embedding of stage ``index``, as in PVTv2."""
         embed_dims = self.arch_settings['embed_dims']

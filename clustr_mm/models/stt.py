@@ -407,9 +407,8 @@ class STT(PyramidBackbone):
 
     def _make_class_embedding(self, index: int) -> ClassEmbedding:
         """Build the class embedding, of the sizes of stage ``index``."""
-        embed_dims, num_heads, mlp_ratio = (
-            self.arch_settings[key][index]
-            for key in ('embed_dims', 'num_heads', 'mlp_ratios')
+        embed_dims, num_heads, mlp_ratio = self.arch_entries(
+            index, 'embed_dims', 'num_heads', 'mlp_ratios'
         )
         blocks = [
             ClassBlock(
@@ -429,9 +428,8 @@ class STT(PyramidBackbone):
         self, index: int, drop_path_rates: Sequence[float]
     ) -> SuperTokenStage:
         """Build stage ``index`` with as many blocks as there are rates."""
-        embed_dims, num_heads, mlp_ratio, local_depth = (
-            self.arch_settings[key][index]
-            for key in ('embed_dims', 'num_heads', 'mlp_ratios', 'local_depths')
+        embed_dims, num_heads, mlp_ratio, local_depth = self.arch_entries(
+            index, 'embed_dims', 'num_heads', 'mlp_ratios', 'local_depths'
         )
         blocks = [
             GroupBlock(
