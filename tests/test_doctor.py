@@ -131,6 +131,10 @@ runpy.run_module('clustr_mm.doctor', run_name='__main__')
         (ModuleNotFoundError(MISSING.format('regex')), 'ftfy regex'),
         (ModuleNotFoundError(MISSING.format('chumpy')), '--no-build-isolation'),
         (ModuleNotFoundError(MISSING.format('pkg_resources')), 'setuptools<81'),
+        (
+            AttributeError("module 'pkgutil' has no attribute 'ImpImporter'. Did"),
+            'setuptools>=69,<81',
+        ),
         (ValueError('numpy.dtype size changed, may indicate ...'), 'numpy<2'),
         (ImportError('numpy.core.multiarray failed to import'), 'numpy<2'),
         (ImportError('libGL.so.1: cannot open shared object file'), 'headless'),

@@ -40,6 +40,11 @@ HINTS = (
         'the toolboxes want another mmengine: pip install mmengine==0.10.7',
     ),
     (
+        r"'pkgutil' has no attribute 'ImpImporter'",
+        "openmim's openxlab brought a setuptools that Python 3.12 cannot import: "
+        'pip install --no-deps "setuptools>=69,<81"',
+    ),
+    (
         r'pkg_resources',
         'mmengine and mim need the pkg_resources of an older setuptools: '
         'pip install "setuptools<81"',
