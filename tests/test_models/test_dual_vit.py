@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from test_models import backbones
 from test_models.backbones import ARCHS, loss_of, randn
-from test_models.test_checkpoint import wrappings
+from test_models.test_checkpoint import WRAPPINGS, wrappings
 from torch import nn
 
 from clustr_mm.models.dual_vit import DualViT, SemanticTokens
@@ -199,7 +199,7 @@ def equal(model, state_dict):
     )
 
 
-@pytest.mark.parametrize('wrapping', ['bare', 'module.', 'model', 'state_dict'])
+@pytest.mark.parametrize('wrapping', WRAPPINGS)
 def test_public_checkpoint(public, tmp_path, wrapping):
     reference = DualViT(ARCH)
     reference.load_state_dict(public)
