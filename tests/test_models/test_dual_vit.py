@@ -205,12 +205,14 @@ def test_public_checkpoint(public, tmp_path, wrapping):
     reference.load_state_dict(public)
     expected = reference.state_dict()
     assert not equal(DualViT(ARCH), expected)
-    # A classifier has more than the backbone.
-    source = {
-        **public,
-        'head.weight': torch.zeros(10, 64),
-        'head.bias': torch.zeros(10),
-    }
+    # The public classifier has more than the backbone: a block of class attention,
+    # two heads, and semantics after its last attention.
+    source = dict(public)
+    for name in [
+        *('head.weight', 'aux_head.bias', 'post_network.0.attn.kv.weight'),
+        *(f'block4.1.mlp.fc_proxy.{layer}.weight' for layer in (0, 2)),
+    ]:
+        source[name] = torch.zeros(10, 64)
     path = str(tmp_path / 'weights.pth')
     torch.save(wrappings(source)[wrapping], path)
 
