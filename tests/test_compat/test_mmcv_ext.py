@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -877,6 +878,19 @@ def test_import_is_silent_and_light():
         'assert not heavy & set(sys.modules), heavy & set(sys.modules)\n'
     )
     assert run_python(code) == ''
+
+
+@pytest.mark.parametrize('package, old', [('torch', '2.0.1'), ('mmengine', '0.9.1')])
+def test_what_is_too_old(package, old):
+    code = (
+        f"import {package}; {package}.__version__ = '{old}'\n"
+        'try:\n'
+        '    import clustr_mm\n'
+        'except ImportError as error:\n'
+        '    print(error)\n'
+    )
+    said = run_python(code).splitlines()[-1]
+    assert re.fullmatch(rf'clustr_mm needs {package} \S+ or later, found {old}', said)
 
 
 def test_import_before_mmdet():
