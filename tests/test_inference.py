@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.utils import digit_version
 from skimage import data
 
 from clustr_mm.conversion import convert_checkpoint
@@ -233,6 +234,8 @@ def test_every_example_is_run():
 @pytest.mark.parametrize('example', CHECKS, ids=lambda e: f'{e[0]} {e[1]}')
 def test_example(example, files, outputs, capsys):
     toolbox, check = CHECKS[example]
+    if toolbox == 'mmpose' and digit_version(np.__version__) >= digit_version('2.5'):
+        pytest.skip('mmpose 1.3.2 draws radii that numpy 2.5 takes for no numbers')
     capsys.readouterr()
     names = run(example, files, toolbox)
     # With the reports and progress bars of the toolboxes.
