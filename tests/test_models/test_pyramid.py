@@ -83,7 +83,9 @@ def test_every_parameter_gets_a_gradient(name, out_indices):
     model = random_model(name, out_indices=out_indices).train()
     loss_of(model(randn(2, 3, 64, 64))).backward()
     for key, param in model.named_parameters():
-        assert param.grad is not None and param.grad.abs().sum() > 0, key
+        assert param.grad is not None, key
+        # A factor common to all merge weights cancels, but for rounding.
+        assert param.grad.any() or key.endswith('importance.bias'), key
 
 
 @pytest.mark.parametrize('rate', ['drop_rate', 'attn_drop_rate', 'drop_path_rate'])
