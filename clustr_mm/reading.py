@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .compat.safe_load import HAS_ALLOW_LIST
 from .models.checkpoint import unwrap
 
 #: How torch tells to switch its safe loader off, and what stands around the reason.
@@ -72,9 +73,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = ADVICE.sub('', str(error)).strip()
         if isinstance(error, KeyError) or not reason:
             reason = f'{type(error).__name__} {reason}'
-        raise ValueError(
-            f'cannot be read as a checkpoint: {shorten(reason, 200)}'
-        ) from error
+        message = f'cannot be read as a checkpoint: {shorten(reason, 200)}'
+        if not HAS_ALLOW_LIST:
+            message += ' (torch 2.6 or later reads safely what a training saves)'
+        raise ValueError(message) from error
     if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
         raise ValueError('holds no state dict')
     return content

@@ -461,7 +461,7 @@ class TestMemory:
     def test_errors_take_one_line(self):
         assert describe(ValueError('a\nb')) == 'ValueError: a'
         assert describe(KeyError()) == 'KeyError: no message'
-        gpu = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')
+        gpu = torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate')
         assert describe(gpu) == 'out of memory'
         assert len(describe(ValueError('x' * 999))) == 120
 

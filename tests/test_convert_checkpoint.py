@@ -19,11 +19,13 @@ from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
+from torch_versions import restricted
 
 import clustr_mm.conversion
 from clustr_mm import ClusTR
 from clustr_mm.conversion import ARCHS, convert_checkpoint, extract_backbone
 
+pytestmark = restricted
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = dict(tiny=11_169_417, small=22_177_941, base=39_733_210)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import clustr_mm
+from clustr_mm.compat.safe_load import HAS_ALLOW_LIST
 from clustr_mm.doctor import Check, checks, records, run_checks, versions
 from clustr_mm.doctor.__main__ import format_check, main, quiet, summarise
 from clustr_mm.doctor.records import describe, find_hint, guarded, hide_paths
@@ -31,6 +32,11 @@ def run(code, **kwargs):
         cwd=ROOT,
         **kwargs,
     )
+
+
+def is_old(check):
+    """Whether this torch is just too old for what is checked."""
+    return check.name == 'runner checkpoint' and not HAS_ALLOW_LIST
 
 
 def test_this_environment(capfd, monkeypatch):
@@ -53,7 +59,11 @@ def test_this_environment(capfd, monkeypatch):
     assert len(found) == len(result['checks']) > 30
     for check in found.values():
         assert check['status'] == 'ok' or check['hint'], check
-        assert check['status'] == 'ok' or 'version' in check['name'], check
+        assert (
+            check['status'] == 'ok'
+            or 'version' in check['name']
+            or is_old(Check(**check))
+        )
         assert check['status'] == 'warn' or check['hint'] is None, check
     for module in (torch, mmengine, clustr_mm):
         version = found[f'version of {module.__name__}']['text']
@@ -222,7 +232,7 @@ def test_missing_packages_are_no_failures(monkeypatch):
     monkeypatch.setattr(checks, 'mmcv_ops_are_stand_in', lambda: False)
     monkeypatch.setattr(checks, 'find_distributions', dict)
     results = list(run_checks())
-    assert all(check.status == 'ok' for check in results)
+    assert all(check.status == 'ok' or is_old(check) for check in results)
     absent = [c.name for c in results if c.text.endswith('not installed')]
     for name in ['mmdet', 'mmpose', 'mmcv', 'cv2']:
         assert f'version of {name}' in absent

@@ -15,6 +15,10 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+#: Whether torch.load restricts what a file may name, and takes names for the list of
+#: what it may; both came with torch 2.6.
+HAS_ALLOW_LIST = hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint')
+
 _STATISTICS = ('min', 'max', 'current', 'mean')
 
 
@@ -82,6 +86,5 @@ def allow_runner_checkpoints() -> None:
     Does nothing on a torch older than 2.6, which does not restrict ``torch.load`` by
     default and does not accept names for the entries of the list.
     """
-    # This function came with torch 2.6, together with names for the entries.
-    if hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):
+    if HAS_ALLOW_LIST:
         torch.serialization.add_safe_globals(_runner_globals())

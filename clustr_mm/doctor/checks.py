@@ -21,6 +21,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..compat import mmcv_ops_are_stand_in
+from ..compat.safe_load import HAS_ALLOW_LIST
 from ..ops import dpc_knn
 from ..ops.nearest import has_kernel
 from .records import FAIL, OK, WARN, Check, guarded
@@ -242,6 +243,10 @@ def check_checkpoint() -> Check:
     file = io.BytesIO()
     torch.save(saved, file)
     file.seek(0)
+    if not HAS_ALLOW_LIST:
+        text = f'torch {torch.__version__} cannot read it by weights_only=True'
+        hint = 'torch 2.6 or later reads checkpoints of a training safely'
+        return Check('runner checkpoint', WARN, text, hint)
     loaded = torch.load(file, weights_only=True)['message_hub']
     mean = loaded['log_scalars']['train/loss'].mean()
     seen = [mean, loaded['runtime_info']['best_score']]

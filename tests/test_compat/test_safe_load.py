@@ -13,14 +13,11 @@ from mmengine.dataset import DefaultSampler
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from torch_versions import restricted
 
 import clustr_mm
 from clustr_mm.compat import activate, safe_load
 
-restricted = pytest.mark.skipif(
-    not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'),
-    reason='this torch has no allow-list with names',
-)
 NUMBER_CODES = sorted('?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat'])
 
 
@@ -230,9 +227,7 @@ def test_activate_twice_changes_nothing():
 
 
 def test_older_torch_is_left_alone(monkeypatch):
-    monkeypatch.delattr(
-        torch.serialization, 'get_unsafe_globals_in_checkpoint', raising=False
-    )
+    monkeypatch.setattr(safe_load, 'HAS_ALLOW_LIST', False)
     monkeypatch.delattr(torch.serialization, 'add_safe_globals', raising=False)
     safe_load.allow_runner_checkpoints()
 

@@ -6,16 +6,6 @@ from mmengine.registry import MODELS
 
 import clustr_mm  # noqa: F401  registers the backbones
 
-# Before 2.2 a CPU has no products of float16, in autocast or out of it.
-HALF = [torch.bfloat16]
-if hasattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu'):
-    HALF.append(torch.float16)
-
-# Before 2.4 attention of any model of this kind cannot be traced.
-compiles = pytest.mark.skipif(
-    not hasattr(torch.library, 'register_fake'), reason='torch before 2.4'
-)
-
 ARCHS = dict(
     ClusTR=dict(
         embed_dims=[16, 32, 48, 64],

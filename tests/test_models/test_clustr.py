@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from test_models import backbones
-from test_models.backbones import ARCHS, HALF, randn
+from test_models.backbones import ARCHS, randn
 from torch import nn
+from torch_versions import HALF
 
 from clustr_mm import ClusTR
 from clustr_mm.models import layers

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from test_models.backbones import compiles, randn
+from test_models.backbones import randn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch_versions import compiles
 
 from clustr_mm import ClusTR
 

@@ -5,8 +5,6 @@ import torch
 from test_models.backbones import (
     ARCHS,
     CASES,
-    HALF,
-    compiles,
     for_all,
     for_maps,
     loss_of,
@@ -14,6 +12,7 @@ from test_models.backbones import (
     randn,
     random_model,
 )
+from torch_versions import HALF, compiles
 
 from clustr_mm.models import pyramid
 

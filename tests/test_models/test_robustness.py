@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models.backbones import (
     CASES,
-    HALF,
     for_all,
     for_maps,
     loss_of,
@@ -22,6 +21,7 @@ from test_models.backbones import (
     randn,
     random_model,
 )
+from torch_versions import HALF
 
 MODELS = {name: random_model(name).eval() for name in CASES}
 
