@@ -1,12 +1,17 @@
+import importlib
 import random
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from naive import naive_dpc_knn, naive_merge
 
 from clustr_mm.ops import dpc_knn, merge_tokens, nearest
+
+# The package exports a function under the name of this module.
+dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
 
 
 def randn(*shape, seed=0):
@@ -77,15 +82,27 @@ def test_ties_of_integers(seed):
     check(tokens, [11, 45, 100])
 
 
-@pytest.mark.parametrize('scale', [1e-38, 1e-20, 1e-6, 1e3, 1e12, 1e37])
+# At 1e-44 few bits of a float32 are left, and its inverse is none.
+@pytest.mark.parametrize('scale', [1e-44, 1e-38, 1e-20, 1e-6, 1e3, 1e12, 1e37])
 def test_scale(scale):
     # exp(-d^2) is 1 or 0 here: densities must not be compared by value.
     check(randn(2, 80, 8) * scale, [5, 20])
 
 
-@pytest.mark.parametrize('offset', [1e2, 1e4, -3e5])
-def test_far_from_the_origin(offset):
-    check(randn(2, 80, 8) + offset, [5, 20])
+@pytest.fixture(params=['on a CPU', 'without a look', 'exported'])
+def way(request, monkeypatch):
+    """The three ways of the plain operations: only the first counts what it missed."""
+    for user in (nearest, dpc_module):
+        if request.param == 'without a look':
+            monkeypatch.setattr(user, 'is_readable', lambda _: False)
+        if request.param == 'exported':
+            monkeypatch.setattr(user, 'exporting', lambda: True)
+    return request.param
+
+
+@pytest.mark.parametrize('offset', [0, 1e4, 3e5, -3e5])
+def test_far_from_the_origin(offset, way):
+    check(randn(2, 200, 8) + offset, [5, 20, 200])
 
 
 @pytest.mark.parametrize('shift', [0.0, 40.0])
@@ -121,6 +138,15 @@ def test_search_in_many_blocks(monkeypatch):
     monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', 1000)
     for a, b in zip(whole, check(tokens, [12, 50])):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('budget', [1000, 2**22])
+def test_no_buffer_is_too_small(monkeypatch, budget):
+    # torch enlarges one, with a warning that users would see in every training.
+    monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        dpc_knn(randn(2, 196, 64), [12, 49])
 
 
 def test_distances_held_stay_in_the_budget(monkeypatch):
@@ -182,18 +208,34 @@ def test_float32_inside_autocast_and_no_gradient():
         assert torch.equal(a, b) and not a.requires_grad
 
 
+def test_float32_inside_autocast_when_exported(monkeypatch):
+    # Two groups so far apart that a search in bfloat16 would miss neighbours.
+    tokens = randn(1, 400, 16) * 0.05
+    tokens[:, ::2] += 1
+    plain = dpc_knn(tokens, [25, 100])
+    for user in (nearest, dpc_module):
+        monkeypatch.setattr(user, 'exporting', lambda: True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        mixed = dpc_knn(tokens, [25, 100])
+    for a, b in zip(plain, mixed):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_clustered_in_float32(dtype):
     tokens = randn(2, 64, 16).to(dtype)
     assert torch.equal(dpc_knn(tokens, [9])[0], dpc_knn(tokens.float(), [9])[0])
 
 
-def test_not_finite_counts_as_zero():
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_counts_as_zero(value):
     tokens = randn(1, 60, 8)
     broken = tokens.clone()
-    broken[0, 3, 2], broken[0, 7, 1], broken[0, 9] = torch.nan, torch.inf, -torch.inf
-    tokens[0, 3, 2], tokens[0, 7, 1], tokens[0, 9] = 0, 0, 0
-    assert torch.equal(dpc_knn(broken, [15])[0], dpc_knn(tokens, [15])[0])
+    # In so many tokens that another number than zero would show.
+    broken[0, ::3, 2], broken[0, 9] = value, value
+    tokens[0, ::3, 2], tokens[0, 9] = 0, 0
+    for a, b in zip(dpc_knn(broken, [15, 40]), dpc_knn(tokens, [15, 40])):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +263,23 @@ def test_wrong_dtype():
         dpc_knn(torch.zeros(1, 9, 4, dtype=torch.int64), [3])
     with pytest.raises(ValueError, match='floating-point tensor, got list'):
         dpc_knn([[[1.0]]], [1])
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7'
+)
+def test_exported_graph_needs_no_operator_of_this_package():
+    class Clustering(torch.nn.Module):
+        def forward(self, tokens):
+            return dpc_knn(tokens, [3, 12])
+
+    tokens = randn(2, 30, 16)
+    program = torch.export.export(Clustering(), (tokens,))
+    assert not any('clustr_mm' in str(node.target) for node in program.graph.nodes)
+    for seed in range(3):
+        tokens = randn(2, 30, 16, seed=seed)
+        for got, want in zip(program.module()(tokens), dpc_knn(tokens, [3, 12])):
+            assert torch.equal(got, want)
 
 
 # ---- merging
@@ -261,6 +320,27 @@ def test_merge_sums_in_float32(dtype):
         merged = merge_tokens(tokens, labels, 1, weights)
     assert merged.dtype == dtype
     assert merged.item() == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_merge_on_a_gpu():
+    tokens, labels, weights = merge_inputs()
+    expected = merge_tokens(tokens, labels, 8, weights)
+    on_gpu = [x.cuda() for x in (tokens, labels, weights)]
+    merged = merge_tokens(*on_gpu[:2], 8, on_gpu[2])
+    torch.testing.assert_close(merged.cpu(), expected)
+    # Many tokens to each cluster: sums in any order would not agree twice.
+    tokens, weights = randn(2, 20000, 64).cuda(), randn(2, 20000).exp().cuda()
+    labels = torch.arange(20000, device='cuda').expand(2, -1) % 7
+    first, second = (merge_tokens(tokens, labels, 7, weights) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_merge_on_the_meta_device():
+    tokens, labels, weights = (x.to('meta') for x in merge_inputs())
+    merged = merge_tokens(tokens.half(), labels, 8, weights)
+    assert merged.is_meta and merged.shape == (2, 8, 6)
+    assert merged.dtype == torch.float16
 
 
 @pytest.mark.parametrize(

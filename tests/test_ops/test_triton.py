@@ -112,8 +112,9 @@ def test_candidates_equal_the_torch_path(kernel):
 
 
 @interpreted
-def test_no_peak_is_counted_on_the_host(kernel, monkeypatch):
-    """On a GPU that would wait for the device."""
+@pytest.mark.parametrize('with_kernel', [True, False])
+def test_no_peak_is_counted_on_the_host(kernel, monkeypatch, with_kernel):
+    """On a GPU that would wait for the device, with Triton and without."""
     tokens = randn(2, 100, 16)
 
     def fail(*args):
@@ -121,12 +122,34 @@ def test_no_peak_is_counted_on_the_host(kernel, monkeypatch):
 
     for name in ('item', '__int__', '__bool__', 'tolist', 'nonzero'):
         monkeypatch.setattr(torch.Tensor, name, fail)
+    for user in (nearest, dpc_module):
+        monkeypatch.setattr(user, 'has_kernel', lambda tokens: with_kernel)
     monkeypatch.setattr(
         nearest, '_search_by_kernel', lambda q, k, n, w, limits: torch.zeros(
             (*q.shape[:2], w), dtype=torch.int64
         ),
     )  # fmt: skip
     dpc_knn(tokens, [6, 25])
+
+
+@pytest.mark.parametrize(
+    ('device', 'hip', 'capability', 'precision'),
+    [
+        ('cuda', None, (7, 5), 'ieee'),
+        ('cuda', None, (8, 0), 'tf32x3'),
+        ('cuda', None, (9, 0), 'tf32x3'),
+        ('cuda', '6.2', (9, 4), 'ieee'),
+        ('cpu', None, (9, 0), 'ieee'),
+    ],
+)
+def test_precision_that_the_device_offers(
+    monkeypatch, device, hip, capability, precision
+):
+    """Three TF32 products need NVIDIA's tensor cores from Ampere on."""
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    module = importlib.import_module(MODULE)
+    assert module._precision(torch.device(device)) == precision
 
 
 def test_cpu_tensors_take_plain_torch():

@@ -63,6 +63,16 @@ def test_one_window_is_the_whole_map(window):
         assert torch.equal(label, expected)
 
 
+def test_counts_in_any_order():
+    tokens = randn(2, 12, 16)
+    labels, totals = window_dpc_knn(tokens, (3, 4), None, lambda n: (n, 3, n, 5))
+    assert totals == (12, 3, 12, 5)
+    own = torch.arange(12).expand(2, -1)
+    for label, expected in zip(labels, (own, *dpc_knn(tokens, [3]), own)):
+        assert torch.equal(label, expected)
+    assert torch.equal(labels[3], dpc_knn(tokens, [5])[0])
+
+
 def test_clustering_sees_one_window_at_a_time(monkeypatch):
     shapes = []
 
