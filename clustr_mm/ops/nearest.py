@@ -22,6 +22,10 @@ SETTLE_SHARE = 16
 #: cannot push a neighbour out before distances are settled in float64.
 MARGIN = 3
 
+#: Most keys of one query that may be within float32 rounding of its ``k``-th
+#: nearest and are still told apart in float64, each of them.
+CROWD = 256
+
 #: Columns are searched in runs of this length: first the least distance of
 #: every run, then only the runs that can hold one of the nearest.
 RUN = 32
@@ -99,7 +103,9 @@ def prepare(tokens: Tensor) -> Points:
     if centred.shape[-1] % CHANNEL_MULTIPLE:
         centred = F.pad(centred, (0, -centred.shape[-1] % CHANNEL_MULTIPLE))
     scale = torch.exp2(exponent.double()).flatten()
-    return Points(tokens.double(), centred, centred.square().sum(dim=-1), scale)
+    exact = tokens.double()
+    norms = centred.double().square().sum(dim=-1).float()
+    return Points(exact, centred, norms, scale)
 
 
 def nearest(
@@ -112,7 +118,10 @@ def nearest(
     """Find the ``k`` nearest keys of every query.
 
     Distances are compared in float64; of equally distant keys the one that
-    stands earlier among the keys is nearer.
+    stands earlier among the keys is nearer. On a CPU this holds for all but a
+    crowd: where more than ``CROWD`` keys lie within float32 rounding of the
+    ``k``-th, and everywhere on other devices and in exported graphs, the
+    ``k + MARGIN`` keys of least float32 distance are compared.
 
     Args:
         points (Points): Prepared tokens, N of them in each of B images.
@@ -142,28 +151,34 @@ def nearest(
     batch, num_queries, _ = query_exact.shape
     num_keys = key_exact.shape[1]
     width = min(k + MARGIN, num_keys)
-    unsure = None
-    if has_kernel(points.exact):
-        found = _search_by_kernel(query_centred, key_centred, norms, width, limits)
-    elif is_readable(points.exact):
-        found, unsure, wide = _search_certified(
-            query_centred, key_centred, norms, k, width, limits
-        )
-    else:
-        found = _search(query_centred, key_centred, norms, width, limits)
-
-    starts = torch.arange(batch, device=found.device).mul(num_keys).unsqueeze(1)
+    starts = torch.arange(batch, device=norms.device).mul(num_keys).unsqueeze(1)
     starts = starts.expand(-1, num_queries).flatten()
     query_exact, key_exact = query_exact.flatten(0, 1), key_exact.flatten(0, 1)
-    limits = None if limits is None else limits.flatten()
-    distances, found = _settle(
-        query_exact, key_exact, found.flatten(0, 1), starts, k, limits
-    )
-    if unsure is not None and len(unsure):
-        limits = None if limits is None else limits[unsure]
-        distances[unsure], found[unsure] = _settle(
-            query_exact[unsure], key_exact, wide, starts[unsure], k, limits
+
+    def settle(
+        found: Tensor, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        seen = None if limits is None else limits.flatten()[rows]
+        return _settle(query_exact[rows], key_exact, found, starts[rows], k, seen)
+
+    if has_kernel(points.exact):
+        found = _search_by_kernel(query_centred, key_centred, norms, width, limits)
+        distances, found = settle(found.flatten(0, 1))
+    elif is_readable(points.exact):
+        found, near, crowded = _search_certified(
+            query_centred, key_centred, norms, k, width, limits
         )
+        distances, found = settle(found.flatten(0, 1))
+        for rows, columns in near:
+            index, inverse = torch.unique_consecutive(rows, return_inverse=True)
+            distances[index], found[index] = _settle_pairs(
+                query_exact[index], key_exact, inverse, columns, starts[index], k
+            )
+        for rows, wide in crowded:
+            distances[rows], found[rows] = settle(wide, rows)
+    else:
+        found = _search(query_centred, key_centred, norms, width, limits)
+        distances, found = settle(found.flatten(0, 1))
     return distances.unflatten(0, (batch, -1)), found.unflatten(0, (batch, -1))
 
 
@@ -269,45 +284,86 @@ def _search_certified(
     k: int,
     width: int,
     limits: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_search`, but with fewer candidates where they suffice.
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """As :func:`_search`, but with as many candidates as it takes.
 
     What is left out of the ``k + 1`` least float32 distances is at least the
     last of them. Where that exceeds the ``k``-th by both their rounding
     errors, nothing left out belongs to the ``k`` nearest, whatever the ties.
-    That is a look at the numbers, see :func:`is_readable`.
+    Where it does not, all keys that may belong to them are listed. That is a
+    look at the numbers, see :func:`is_readable`.
 
     Args:
+        queries, keys, norms, limits: As :func:`_search`.
         k (int): Keys that must be among those found.
-        width (int): Keys to find where ``k + 1`` do not suffice.
+        width (int): Keys to find where ``CROWD`` do not suffice.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: Positions (B, Q, min(k + 1, M)); the
-        rows, counted over all images, where they are too few (R,); and
-        positions for these rows (R, width).
+        tuple: Positions (B, Q, min(k + 1, M)); what else to look at, as pairs
+        of a row, counted over all images, and a position, by rising row; and
+        rows with too many such pairs, with positions (R, width) for them.
     """
     last = keys.shape[1] - 1
     narrow = min(k + 1, keys.shape[1])
-    # Twice the error of one distance. A product of C terms is off by at most
-    # C u |q| |k| with u = 2**-24, a norm likewise, and centring moved both ends
-    # by u of their size.
-    size = torch.linalg.vector_norm(queries, dim=-1)
-    size = size + norms.amax(dim=1, keepdim=True).sqrt()
-    error = size.square_().mul_((queries.shape[-1] + 8) * 2.0**-23)
+    length = torch.linalg.vector_norm(queries, dim=-1)
+    longest = norms.amax(dim=1, keepdim=True).sqrt()
 
     found = torch.empty(*queries.shape[:2], narrow, dtype=torch.int64)
-    certain = torch.ones(queries.shape[:2], dtype=torch.bool)
-    wide = [found.new_empty(0, width)]
+    numbers = torch.arange(found[..., 0].numel()).view(found.shape[:2])
+    near, crowded = [], []
     for block, values in _blocks(queries, keys, norms, width, limits):
-        nearest, found[block] = _least(values, narrow)
-        if narrow <= last:
-            # Not a number, where too few keys are in, is not certain either.
-            sure = nearest[..., -1] - nearest[..., k - 1] > error[block]
-            if not sure.all():
-                certain[block] = sure
-                wide.append(_first_pairs(values[~sure].unsqueeze(0), width)[0])
-    unsure = certain.flatten().logical_not_().nonzero().squeeze(1)
-    return found.clamp_(max=last), unsure, torch.cat(wide).clamp_(max=last)
+        least, found[block] = _least(values, narrow)
+        if narrow > last:
+            continue
+        bound = least[..., k - 1] + _rounding(
+            least[..., k - 1], length[block], longest[block[0]], queries.shape[-1]
+        )
+        # Not a number, where too few keys are in, is not certain either.
+        unsure = (least[..., -1] > bound).logical_not_()
+        if not unsure.any():
+            continue
+        rows, values = numbers[block][unsure], values[unsure]
+        seen = values <= bound[unsure].unsqueeze(-1)
+        # As bytes, whose sum takes no wider copy of them.
+        runs = (
+            seen.view(torch.uint8).unflatten(-1, (-1, RUN)).sum(-1, dtype=torch.uint8)
+        )
+        crowd = runs.sum(dim=-1) > CROWD
+        crowd |= least[..., k - 1][unsure].isinf()
+        if crowd.any():
+            wide = _first_pairs(values[crowd].unsqueeze(0), width)[0]
+            crowded.append((rows[crowd], wide.clamp_(max=last)))
+            rows, seen = rows[~crowd], seen[~crowd]
+        if len(rows):
+            row, column = seen.nonzero(as_tuple=True)
+            near.append((rows[row], column))
+    return found.clamp_(max=last), near, crowded
+
+
+def _rounding(least: Tensor, length: Tensor, longest: Tensor, channels: int) -> Tensor:
+    """Bound the rounding errors of two float32 distances of one query together.
+
+    A product of C terms is off by at most C u |q| |k| with u = 2**-24, in any
+    order of summation; the norm, the sum of both and the centring of either
+    end by a few u of |q|**2 and |k|**2. A key longer than the query by twice
+    the ``k``-th distance is farther than that, whatever the rounding.
+
+    Args:
+        least (Tensor): (B, R) float32, ``k``-th least value as of :func:`_blocks`.
+        length (Tensor): (B, R) float32, length of the queries.
+        longest (Tensor): (B, 1) float32, length of the longest key.
+        channels (int): C.
+
+    Returns:
+        Tensor: (B, R) float32.
+    """
+
+    def error(reach: Tensor) -> Tensor:
+        both = length.square() + reach.square()
+        return (channels + 8) * 2.0**-22 * length * reach + 2.0**-20 * both
+
+    distance = (least + length.square()).clamp_min(0) + error(longest)
+    return error(torch.minimum(longest, length + 2 * distance.sqrt()))
 
 
 def _blocks(
@@ -455,3 +511,40 @@ def _settle(
         distances = distances.masked_fill(found >= limits.unsqueeze(-1), float('inf'))
     distances, order = stable_sort(distances)
     return distances[..., :k], found.gather(-1, order[..., :k])
+
+
+def _settle_pairs(
+    queries: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_settle` for as many candidates as each query has.
+
+    Args:
+        queries (Tensor): (R, C) float64.
+        keys (Tensor): (M, C) float64, of all images.
+        rows (Tensor): (P,) int64, rising, the query of each pair; at least
+            ``k`` pairs of each.
+        columns (Tensor): (P,) int64, the key of each pair among those of the
+            query's image, rising for each query.
+        starts (Tensor): (R,) int64, where the keys of that image start.
+        k (int): Keys to keep.
+
+    Returns:
+        tuple[Tensor, Tensor]: Distances and positions (R, k) as :func:`nearest`.
+    """
+    distances = queries.new_empty(len(rows))
+    budget = block_elements(queries) // SETTLE_SHARE
+    for part in torch.arange(len(rows)).split(max(1, budget // queries.shape[-1])):
+        pair = slice(int(part[0]), int(part[-1]) + 1)
+        difference = keys[columns[pair] + starts[rows[pair]]]
+        difference -= queries[rows[pair]]
+        distances[pair] = difference.square_().sum(dim=-1)
+    distances, order = stable_sort(distances)
+    rows, by_row = stable_sort(rows[order])
+    first = torch.searchsorted(rows, torch.arange(len(queries)))
+    chosen = by_row[first.unsqueeze(-1) + torch.arange(k)]
+    return distances[chosen], columns[order][chosen]

@@ -105,31 +105,48 @@ def test_far_from_the_origin(offset, way):
     check(randn(2, 200, 8) + offset, [5, 20, 200])
 
 
+@pytest.mark.parametrize('crowd', [10, 39, 256])
 @pytest.mark.parametrize('shift', [0.0, 40.0])
-def test_tokens_that_float32_cannot_tell_apart(shift, monkeypatch):
+def test_tokens_that_float32_cannot_tell_apart(shift, crowd, monkeypatch):
     """Many candidates at nearly one distance: the narrow search is not enough."""
     ring = torch.nn.functional.normalize(randn(2, 300, 6), dim=-1)
     tokens = torch.cat([torch.zeros(2, 40, 6), ring], dim=1) + shift
-    searched = []
-    real = nearest._first_pairs
+    rows = dict(wide=0, pairs=0)
+    first_pairs, settle_pairs = nearest._first_pairs, nearest._settle_pairs
 
-    def spy(values, width):
-        searched.append(values.shape[1])
-        return real(values, width)
+    def by_width(values, width):
+        rows['wide'] += values.shape[1]
+        return first_pairs(values, width)
 
-    monkeypatch.setattr(nearest, '_first_pairs', spy)
+    def by_pairs(queries, *rest):
+        rows['pairs'] += len(queries)
+        return settle_pairs(queries, *rest)
+
+    monkeypatch.setattr(nearest, 'CROWD', crowd)
+    monkeypatch.setattr(nearest, '_first_pairs', by_width)
+    monkeypatch.setattr(nearest, '_settle_pairs', by_pairs)
     check(tokens, [5, 20])
-    assert sum(searched) >= 80  # the forty copies of zero, in both images
+    # The forty copies of zero, in both images.
+    assert rows['pairs' if crowd >= 40 else 'wide'] >= 80
+
+
+@pytest.mark.parametrize('spread', [1e-2, 1e-3, 1e-4])
+def test_groups_that_float32_cannot_resolve(spread):
+    """Two far apart: their distance leaves no digits for those inside a group."""
+    far = 5.7 * torch.nn.functional.normalize(randn(1, 1, 32), dim=-1)
+    near = spread * randn(2, 120, 32, seed=2)
+    check(torch.cat([near[:, :60] + far, near[:, 60:] - far], dim=1), [8, 30])
 
 
 def test_nearly_all_rows_take_the_narrow_search():
     points = nearest.prepare(randn(1, 400, 16))
     tokens = points.centred
-    found, unsure, wide = nearest._search_certified(
+    found, near, crowded = nearest._search_certified(
         tokens, tokens, points.norms, 5, 8, None
     )
     assert found.shape == (1, 400, 6)
-    assert len(wide) == len(unsure) < 8
+    assert not crowded
+    assert sum(len(rows.unique()) for rows, _ in near) < 8
 
 
 def test_search_in_many_blocks(monkeypatch):
