@@ -27,8 +27,9 @@ def dpc_knn(
     highest ``rho_i * delta_i`` are the centres; every token joins its nearest
     centre, a centre itself (ClusTR, arXiv 2208.13138; DPC-kNN: Du et al.,
     2016). All ties go to the lower token index: it counts as denser, ranks
-    first and is nearer. The result is therefore a function of the input; the
-    candidates of the float32 search are settled in float64.
+    first and is nearer. The result is therefore a function of the input, as
+    exact as float64 is on a CPU; for what float32 cannot tell apart in a crowd
+    or on a GPU see :func:`.nearest.nearest`.
 
     No gradient flows, autocast does not apply, and no more than a block of
     the N x N distances exists at a time (``nearest.BLOCK_ELEMENTS``).

@@ -325,10 +325,8 @@ def _search_certified(
         rows, values = numbers[block][unsure], values[unsure]
         seen = values <= bound[unsure].unsqueeze(-1)
         # As bytes, whose sum takes no wider copy of them.
-        runs = (
-            seen.view(torch.uint8).unflatten(-1, (-1, RUN)).sum(-1, dtype=torch.uint8)
-        )
-        crowd = runs.sum(dim=-1) > CROWD
+        runs = seen.view(torch.uint8).unflatten(-1, (-1, RUN))
+        crowd = runs.sum(dim=-1, dtype=torch.uint8).sum(dim=-1) > CROWD
         crowd |= least[..., k - 1][unsure].isinf()
         if crowd.any():
             wide = _first_pairs(values[crowd].unsqueeze(0), width)[0]
