@@ -330,7 +330,7 @@ def _search_certified(
         crowd |= least[..., k - 1][unsure].isinf()
         if crowd.any():
             wide = _first_pairs(values[crowd].unsqueeze(0), width)[0]
-            crowded.append((rows[crowd], wide.clamp_(max=last)))
+            crowded.append((rows[crowd], wide))
             rows, seen = rows[~crowd], seen[~crowd]
         if len(rows):
             row, column = seen.nonzero(as_tuple=True)

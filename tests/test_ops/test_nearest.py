@@ -94,6 +94,19 @@ def test_two_groups_of_close_tokens(seed):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize('copies', [40, 300])
+def test_of_many_equal_keys_the_first_are_nearer(copies):
+    """Also of more than ``CROWD``, of which not each is looked at."""
+    generator = torch.Generator().manual_seed(copies)
+    tokens = torch.randn(2, 400, 6, generator=generator)
+    tokens[:, torch.randperm(400, generator=generator)[:copies]] = 0.5
+    points = nearest.prepare(tokens)
+    every = torch.arange(400).expand(2, -1)
+    expected = plain(points.exact, 5, every, every, torch.full((2, 400), 400))
+    for got, want in zip(nearest.nearest(points, 5), expected):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize('num_keys', [5, 6, 7, 8])
 def test_keys_at_nearly_one_distance(way, num_keys):
     """Their order is rounding in float32: none may be left out unseen."""
