@@ -161,24 +161,23 @@ def nearest(
         seen = None if limits is None else limits.flatten()[rows]
         return _settle(query_exact[rows], key_exact, found, starts[rows], k, seen)
 
+    near, crowded = [], []
     if has_kernel(points.exact):
         found = _search_by_kernel(query_centred, key_centred, norms, width, limits)
-        distances, found = settle(found.flatten(0, 1))
     elif is_readable(points.exact):
         found, near, crowded = _search_certified(
             query_centred, key_centred, norms, k, width, limits
         )
-        distances, found = settle(found.flatten(0, 1))
-        for rows, columns in near:
-            index, inverse = torch.unique_consecutive(rows, return_inverse=True)
-            distances[index], found[index] = _settle_pairs(
-                query_exact[index], key_exact, inverse, columns, starts[index], k
-            )
-        for rows, wide in crowded:
-            distances[rows], found[rows] = settle(wide, rows)
     else:
         found = _search(query_centred, key_centred, norms, width, limits)
-        distances, found = settle(found.flatten(0, 1))
+    distances, found = settle(found.flatten(0, 1))
+    for rows, columns in near:
+        index, inverse = torch.unique_consecutive(rows, return_inverse=True)
+        distances[index], found[index] = _settle_pairs(
+            query_exact[index], key_exact, inverse, columns, starts[index], k
+        )
+    for rows, wide in crowded:
+        distances[rows], found[rows] = settle(wide, rows)
     return distances.unflatten(0, (batch, -1)), found.unflatten(0, (batch, -1))
 
 
@@ -536,8 +535,9 @@ def _settle_pairs(
     """
     distances = queries.new_empty(len(rows))
     budget = block_elements(queries) // SETTLE_SHARE
-    for part in torch.arange(len(rows)).split(max(1, budget // queries.shape[-1])):
-        pair = slice(int(part[0]), int(part[-1]) + 1)
+    step = max(1, budget // queries.shape[-1])
+    for p in range(0, len(rows), step):
+        pair = slice(p, p + step)
         difference = keys[columns[pair] + starts[rows[pair]]]
         difference -= queries[rows[pair]]
         distances[pair] = difference.square_().sum(dim=-1)
