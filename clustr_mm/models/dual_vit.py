@@ -138,7 +138,7 @@ class SemanticEmbed(nn.Module):
         return self.norm(self.proj(semantics))
 
 
-class DualAttention(nn.Module):
+class DualAttention(FullAttention):
     """Semantics attend to themselves and to the pixels, the pixels to them.
 
     Its cost is linear in the number of pixels (Dual-ViT, arXiv 2207.04976).
@@ -162,15 +162,9 @@ class DualAttention(nn.Module):
         drop_path_rate: float,
         norm_cfg: dict,
     ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attn_drop_rate = attn_drop_rate
         # Keys and values go by the name of their queries: ``kv`` is what the
         # pixels look at, made of semantics.
-        self.q = nn.Linear(embed_dims, embed_dims)
-        self.kv = nn.Linear(embed_dims, 2 * embed_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate)
+        super().__init__(embed_dims, num_heads, attn_drop_rate, drop_rate)
         self.semantic_norm1 = build_norm(norm_cfg, embed_dims)
         self.semantic_qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.semantic_norm2 = build_norm(norm_cfg, embed_dims)
@@ -208,11 +202,6 @@ class DualAttention(nn.Module):
         semantics = semantics + self.drop_path(branch)
         kv = self.kv(self.semantic_norm4(semantics))
         return self.drop(self.proj(self.attend(self.q(x), kv))), semantics
-
-    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        """Attention of (B, N, C) to (B, M, 2 * C)."""
-        drop_rate = self.attn_drop_rate if self.training else 0.0
-        return attend(q, kv, self.num_heads, drop_rate)
 
 
 class DualBlock(Block):

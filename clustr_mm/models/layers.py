@@ -244,6 +244,9 @@ class FullAttention(nn.Module):
         Returns:
             Tensor: Of the shape of ``x``.
         """
+        return self.drop(self.proj(self.attend(self.q(x), self.kv(x), mask)))
+
+    def attend(self, q: Tensor, kv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """:func:`attend` with the heads and the dropout of this module."""
         drop_rate = self.attn_drop_rate if self.training else 0.0
-        x = attend(self.q(x), self.kv(x), self.num_heads, drop_rate, mask)
-        return self.drop(self.proj(x))
+        return attend(q, kv, self.num_heads, drop_rate, mask)

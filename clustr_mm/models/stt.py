@@ -12,7 +12,6 @@ from .layers import (
     FFN,
     FullAttention,
     PatchEmbed,
-    attend,
 )
 from .pyramid import Block, PyramidBackbone, run_block
 
@@ -216,9 +215,7 @@ class ClassAttention(FullAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to (B, 1, C)."""
-        drop_rate = self.attn_drop_rate if self.training else 0.0
-        x = attend(self.q(x[:, :1]), self.kv(x), self.num_heads, drop_rate)
-        return self.drop(self.proj(x))
+        return self.drop(self.proj(self.attend(self.q(x[:, :1]), self.kv(x))))
 
 
 class ClassBlock(Block):
