@@ -233,7 +233,7 @@ def _load_weights(backbone: ClusTR, path: Path) -> None:
     try:
         _, weights = load(path)
         backbone.load_state_dict(dict(weights), strict=False)
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f'{path}: {shorten(error)}') from error
 
 
