@@ -332,6 +332,8 @@ def test_other_backbones_train_and_test(path, tmp_path, monkeypatch):
     monkeypatch.setenv('CLUSTR_IMG_SCALE', '96,64')
     metric, most, shorter = prepare(path.parent.name, tmp_path)
     config = Config.fromfile(path)
+    shorter['default_hooks.checkpoint.save_optimizer'] = False  # three times smaller
+    shorter['visualizer.name'] = path.stem  # by name it is shared within a process
     config.merge_from_dict({**shorter, 'log_level': 'ERROR', 'work_dir': 'work'})
     config.train_dataloader.batch_size = 2  # batch norm at one pixel
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
