@@ -98,6 +98,8 @@ def _search_kernel(
             nearest = tl.min(distance, axis=1)
             waiting = tl.max((nearest < worst).to(tl.int32), axis=0)
 
+    # Where fewer keys are in, the last one fills up: it is out there.
+    place = tl.where(best == float('inf'), num_keys - 1, place)
     found += image * num_queries * WIDTH
     tl.store(
         found + rows[:, None] * WIDTH + slots[None, :],
@@ -119,8 +121,8 @@ def search(
         limits (Tensor, optional): (B, Q) int64, keys from there on are out.
 
     Returns:
-        Tensor: (B, Q, width) int64 positions among the keys, in no order;
-        arbitrary, but at most M - 1, where fewer keys are in.
+        Tensor: (B, Q, width) int64 positions among the keys, in no order; M - 1
+        in place of what is missing where fewer keys are in.
     """
     batch, num_queries, channels = queries.shape
     num_keys = keys.shape[1]

@@ -112,6 +112,19 @@ def test_candidates_equal_the_torch_path(kernel):
 
 
 @interpreted
+def test_fewer_keys_than_neighbours(kernel, monkeypatch):
+    """What is missing is infinitely far, and no key is its own double."""
+    points = nearest.prepare(randn(1, 70, 16))
+    limits = torch.arange(70).view(1, -1)
+    ours, by_kernel = nearest.nearest(points, 5, limits=limits)
+    assert kernel
+    monkeypatch.undo()
+    expected, positions = nearest.nearest(points, 5, limits=limits)
+    assert torch.equal(ours, expected)
+    assert torch.equal(by_kernel[ours.isfinite()], positions[ours.isfinite()])
+
+
+@interpreted
 @pytest.mark.parametrize('with_kernel', [True, False])
 def test_no_peak_is_counted_on_the_host(kernel, monkeypatch, with_kernel):
     """On a GPU that would wait for the device, with Triton and without."""
