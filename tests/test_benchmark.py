@@ -35,6 +35,7 @@ from clustr_mm.benchmark.memory import (
     probe_cpu,
     probe_cuda,
 )
+from clustr_mm.benchmark.plot import label_sizes
 from clustr_mm.benchmark.stages import split_by_stage
 from clustr_mm.ops import dpc_knn, windows
 
@@ -512,6 +513,18 @@ class TestTool:
         assert 'drop_rate must be in' in text
         assert (out / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
         assert {path.suffix for path in out.iterdir()} == {'.md', '.json', '.png'}
+
+    def test_sizes_too_close_for_two_labels_share_one(self):
+        sizes = [(224, 224), (800, 1344), (1024, 1024), (512, 512), (224, 224)]
+        rows = [
+            Row('backbones', 'a', f'{h}x{w}', h * w, 1, 'forward', 'cpu', None)
+            for h, w in sizes
+        ]
+        assert label_sizes(rows) == {
+            224**2: '224x224',
+            512**2: '512x512',
+            1024**2: '1024x1024\n800x1344',
+        }
 
     def test_interruption_saves(self, tool, tmp_path, no_probe):
         clock = Ticks()

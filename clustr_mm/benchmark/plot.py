@@ -101,14 +101,27 @@ def _draw_guide(axis: Any, rows: Sequence[Row]) -> None:
     )
 
 
+def label_sizes(rows: Sequence[Row]) -> dict[int, str]:
+    """Labels by number of pixels; sizes too close for two labels share one."""
+    ticks: dict[int, str] = {}
+    last = 0
+    for pixels, text in sorted({(row.pixels, row.input) for row in rows}):
+        if pixels > 1.15 * last:
+            ticks[pixels] = text
+            last = pixels
+        else:
+            ticks[last] += f'\n{text}'
+    return ticks
+
+
 def _label_axes(axis: Any, rows: Sequence[Row]) -> None:
     """Logarithmic axes with the sizes and round numbers as ticks."""
     from matplotlib import ticker
 
     axis.set_xscale('log')
     axis.set_yscale('log')
-    sizes = {row.pixels: row.input for row in sorted(rows, key=lambda r: r.pixels)}
-    axis.set_xticks(list(sizes), list(sizes.values()), rotation=45, ha='right')
+    ticks = label_sizes(rows)
+    axis.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha='right')
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:g}'))
