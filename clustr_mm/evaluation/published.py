@@ -119,6 +119,12 @@ TASKS = (
         'mmdet/retinanet_*_fpn_1x_coco*',
         (Metric('coco/bbox_mAP', 'box AP', 100),),
         'the source has no paper figure',
+        (
+            Peer('LinGlo-b0', (38.0,)),
+            Peer('LinGlo-b1', (41.5,)),
+            Peer('LinGlo-b2', (44.7,)),
+        ),
+        '12 epochs.',
     ),
     Task(
         'Semantic FPN, ADE20K',

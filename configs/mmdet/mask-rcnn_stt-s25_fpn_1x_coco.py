@@ -1,11 +1,5 @@
 _base_ = './mask-rcnn_clustr-t_fpn_1x_coco.py'
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='STT',
-        arch='s25',
-        drop_path_rate=0.1,
-        init_cfg=_base_.pretrained,
-    ),
+    backbone=dict(type='STT', arch='s25'),
     neck=dict(in_channels=[384, 384, 384, 384]),
 )

@@ -17,3 +17,5 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
+# Half of Mask R-CNN's, as for PVT.
+optim_wrapper = dict(optimizer=dict(lr=1e-4))

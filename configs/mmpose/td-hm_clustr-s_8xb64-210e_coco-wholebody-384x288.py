@@ -1,4 +1,5 @@
 _base_ = './td-hm_clustr-s_8xb64-210e_coco-wholebody-256x192.py'
+# Sigma 3 is what MMPose's whole-body configs have at this size.
 codec = dict(type='MSRAHeatmap', input_size=(288, 384), heatmap_size=(72, 96), sigma=3)
 train_pipeline = _base_.train_pipeline
 train_pipeline[5]['input_size'] = codec['input_size']

@@ -1,12 +1,6 @@
 _base_ = './upernet_clustr-t_8xb2-160k_ade20k-512x512.py'
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='LinGlo',
-        arch='b2',
-        drop_path_rate=0.1,
-        init_cfg=_base_.pretrained,
-    ),
+    backbone=dict(type='LinGlo', arch='b2'),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
     auxiliary_head=dict(in_channels=320),
 )

@@ -1,12 +1,6 @@
 _base_ = './upernet_clustr-t_8xb2-160k_ade20k-512x512.py'
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='STT',
-        arch='s25',
-        drop_path_rate=0.1,
-        init_cfg=_base_.pretrained,
-    ),
+    backbone=dict(type='STT', arch='s25'),
     decode_head=dict(in_channels=[384, 384, 384, 384]),
     auxiliary_head=dict(in_channels=384),
 )
