@@ -1,23 +1,36 @@
 """The recipe for a new backbone in CONTRIBUTING.md."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from test_models.backbones import ARCHS
 
-import clustr_mm  # noqa: F401 (registers the backbones)
-from clustr_mm.benchmark.backbones import find_backbone, presets
+import clustr_mm
+from clustr_mm.benchmark.backbones import find_backbone, our_types, presets
 from clustr_mm.flops import count_flops, load_model
 
 PAGE = Path(__file__).parents[1] / 'CONTRIBUTING.md'
 
 
+SIBLINGS = PAGE.with_name('docs') / 'backbones.md'
+
+
+def blocks(page):
+    return re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+
+
 @pytest.fixture
 def pool_net():
     """The class of the page, registered for one test."""
-    code = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)[0]
+    code = blocks(PAGE)[0]
     namespace = {'__name__': 'example'}
     exec(compile(code, str(PAGE), 'exec'), namespace)
     yield namespace['PoolNet']
@@ -31,6 +44,48 @@ def test_one_file_makes_a_backbone(pool_net):
     assert not any(p.requires_grad for p in model.stages[0].parameters())
     with pytest.raises(ValueError, match="arch must be one of \\['tiny'\\]"):
         MODELS.build(dict(type='PoolNet', arch='huge'))
+
+
+def test_the_file_is_found_by_itself(tmp_path):
+    package = Path(clustr_mm.__file__).parent
+    shutil.copytree(package, tmp_path / package.name)
+    (tmp_path / package.name / 'models/poolnet.py').write_text(blocks(PAGE)[0])
+    code = (
+        'import clustr_mm; from mmdet.registry import MODELS\n'
+        'print(clustr_mm.__file__, type(MODELS.build(dict(type="PoolNet"))).__name__)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, check=True,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [
+        str(tmp_path / package.name / '__init__.py'), 'PoolNet'
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('text', 'base'),
+    [
+        (blocks(PAGE)[1], 'mask-rcnn_clustr-s_fpn_1x_coco.py'),
+        (blocks(SIBLINGS)[0], 'retinanet_clustr-s_fpn_1x_coco.py'),
+        (blocks(SIBLINGS)[0], 'mask-rcnn_clustr-b-w224_fpn_1x_coco.py'),
+    ],
+)
+def test_configs_of_the_pages(pool_net, tmp_path, text, base):
+    base = PAGE.with_name('configs') / 'mmdet' / base
+    text = re.sub(r'^_base_ = .*\n', '', text)
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = {str(base)!r}\n{text}')
+    config = Config.fromfile(path)
+    init_default_scope('mmdet')
+    model = MODELS.build(config.model)
+    maps = model.extract_feat(torch.rand(1, 3, 64, 96))
+    assert [x.shape[1] for x in maps] == [256] * 5
+
+
+def test_every_backbone_goes_through_the_shared_tests():
+    ours = [c for c in our_types().values() if c.__module__.startswith('clustr_mm.')]
+    assert set(ARCHS) == {cls.__name__ for cls in ours}
 
 
 def test_tools_know_it_by_name(pool_net):

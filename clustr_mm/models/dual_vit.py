@@ -141,7 +141,7 @@ class SemanticEmbed(nn.Module):
 class DualAttention(FullAttention):
     """Semantics attend to themselves and to the pixels, the pixels to them.
 
-    Its cost is linear in the number of pixels (Dual-ViT, arXiv 2207.04976).
+    Its cost is the product of their numbers (Dual-ViT, arXiv 2207.04976).
 
     Args:
         embed_dims (int): Channels C of the tokens.
@@ -344,8 +344,9 @@ class DualViT(PyramidBackbone):
 
     A PyTorch implementation of `Dual Vision Transformer
     <https://arxiv.org/abs/2207.04976>`_. In the first two stages the pixels
-    attend to semantic tokens only, which gather from all pixels: the cost is
-    linear. The later stages run full attention on both together.
+    attend to semantic tokens only, which gather from all pixels: at strides 4
+    and 8 that is 1/49 and 4/49 of what full attention costs there, twice. The
+    later stages run full attention on both together.
 
     Takes images of any size from 1 x 1 pixel, in batches of any size, and
     returns maps at strides 4, 8, 16 and 32. There is one semantic token per

@@ -162,13 +162,14 @@ class ConvFFN(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Initialise one layer as the PVT family does; for ``Module.apply``.
 
-    Linear: truncated normal of std 0.02, zero bias. Convolution: normal of
-    std ``sqrt(2 / fan_out)`` with ``fan_out = k * k * out / groups``, zero
-    bias. Norm: ones and zeros, as built.
+    Linear: truncated normal of std 0.02, zero bias. Convolution, transposed
+    or not: normal of std ``sqrt(2 / fan_out)`` with
+    ``fan_out = k * k * out / groups``, zero bias. Norm: ones and zeros, as
+    built.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
     else:

@@ -152,17 +152,18 @@ class PyramidBackbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.arch_settings = self._check_arch(arch)
-        if in_channels < 1:
-            raise ValueError(f'in_channels must be at least 1, got {in_channels}')
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f'in_channels must be at least 1, got {in_channels!r}')
         for name, rate in [
             ('drop_rate', drop_rate),
             ('attn_drop_rate', attn_drop_rate),
             ('drop_path_rate', drop_path_rate),
         ]:
-            if not 0 <= rate < 1:
-                raise ValueError(f'{name} must be in [0, 1), got {rate}')
+            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+                raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
         stages = list(range(len(self.arch_settings['depths'])))
-        self.out_indices = tuple(out_indices)
+        known = isinstance(out_indices, Sequence)
+        self.out_indices = tuple(out_indices) if known else ()
         if not self.out_indices or self.out_indices != tuple(
             index for index in stages if index in self.out_indices
         ):
@@ -251,17 +252,22 @@ class PyramidBackbone(BaseModule):
         for key in cls.arch_numbers:
             if not isinstance(arch[key], int) or arch[key] < 1:
                 raise ValueError(
-                    f'arch {key} must be a positive number, got {arch[key]}'
+                    f'arch {key} must be a positive number, got {arch[key]!r}'
                 )
         sequences = [key for key in cls.arch_keys if key not in cls.arch_numbers]
+        for key in sequences:
+            if not isinstance(arch[key], (list, tuple)):
+                raise ValueError(f'arch {key} must be a sequence, got {arch[key]!r}')
         lengths = {key: len(arch[key]) for key in sequences}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(
                 f'arch entries must be equally long and not empty, got {lengths}'
             )
         for key in sequences:
-            if min(arch[key]) <= 0:
-                raise ValueError(f'arch {key} must be positive, got {arch[key]}')
+            kind = (int, float) if key == 'mlp_ratios' else int
+            if not all(isinstance(v, kind) and v > 0 for v in arch[key]):
+                what = 'positive' if kind is not int else 'positive whole numbers'
+                raise ValueError(f'arch {key} must be {what}, got {arch[key]}')
         for dims, heads in zip(arch['embed_dims'], arch.get('num_heads', ())):
             if dims % heads:
                 raise ValueError(

@@ -75,9 +75,6 @@ def test_feed_forward_widths():
     assert ratios == [[8] * 3, [8] * 4, [4, 3, 4, 3, 4, 3], [3] * 3]
 
 
-# ---- shapes
-
-
 # ---- the parts against their definition
 
 

@@ -182,9 +182,6 @@ def test_memory_is_linear():
             assert largest.size == 32 * side**2
 
 
-# ---- training
-
-
 # ---- wrong arguments
 
 

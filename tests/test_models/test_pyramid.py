@@ -38,6 +38,7 @@ def test_output_shapes(name, size, batch):
     model = random_model(name).eval()
     outs = run(model, randn(batch, 3, *size))
     assert isinstance(outs, tuple)
+    assert len(outs) == 4
     for i, (out, dims) in enumerate(zip(outs, model.arch_settings['embed_dims'])):
         stride = 4 * 2**i
         assert out.shape == (batch, dims, *(-(-side // stride) for side in size))
@@ -214,6 +215,10 @@ def test_wrong_arch(name):
         (change(name, width=[1]), 'keys.*got .*width'),
         (change(name, depths=[1, 1]), "equally long.*'depths': 2"),
         (change(name, depths=[1, 0, 1, 1]), r'depths must.*\[1, 0, 1, 1\]'),
+        (change(name, depths=[1, 2.0, 2, 1]), r'depths must.*whole.*\[1, 2.0, 2, 1\]'),
+        (change(name, embed_dims=64), 'embed_dims must be a sequence, got 64'),
+        (change(name, num_heads='1234'), "num_heads must be a sequence, got '1234'"),
+        (change(name, mlp_ratios=[2, 2, None, 2]), 'mlp_ratios must.*None'),
         (change(name, num_heads=[3, 2, 2, 4]), 'divisible.*16 and 3'),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -224,6 +229,9 @@ def test_wrong_arch(name):
     ('kwargs', 'message'),
     [
         (dict(in_channels=0), 'in_channels.*got 0'),
+        (dict(in_channels='3'), "in_channels.*got '3'"),
+        (dict(drop_path_rate='0.1'), "drop_path_rate.*got '0.1'"),
+        (dict(out_indices=3), r'out_indices.*\[0, 1, 2, 3\], got 3'),
         (dict(drop_rate=1.0), r'drop_rate.*\[0, 1\).*1.0'),
         (dict(attn_drop_rate=-0.1), 'attn_drop_rate.*-0.1'),
         (dict(drop_path_rate=1.5), 'drop_path_rate.*1.5'),
