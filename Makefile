@@ -40,6 +40,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 $(INSTALLED): requirements/versions.txt requirements/openmmlab.txt requirements/dev.txt setup.py pyproject.toml clustr_mm/compat/clustr_mm.pth
+	rm -f $(VENV)/.installed-*
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel cython
 	$(PIP) torch torchvision numpy opencv-python

@@ -16,13 +16,16 @@ class BuildPy(build_py):
     FOLDERS = ('configs', 'tools')
 
     def run(self) -> None:
+        editable = getattr(self, 'editable_mode', False)
+        if not editable:
+            # What is left of an earlier build may no longer exist in the sources.
+            shutil.rmtree(Path(self.build_lib, 'clustr_mm'), ignore_errors=True)
         super().run()
-        if getattr(self, 'editable_mode', False):
+        if editable:
             return
         self.copy_file(self.START_UP, self.build_lib)
         for folder in self.FOLDERS:
             target = Path(self.build_lib, 'clustr_mm/.mim', folder)
-            shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(
                 folder, target, ignore=shutil.ignore_patterns('__pycache__')
             )

@@ -1,10 +1,9 @@
 """Takes the backbone out of a checkpoint of any origin, into a file of its own."""
 
 import io
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from .models import ClusTR
 from .models.checkpoint import WRAPPERS, translate
 from .reading import check_safetensors, read_checkpoint, shorten
+from .writing import write_whole
 
 #: Variants by their long names.
 ARCHS = ('tiny', 'small', 'base')
@@ -180,7 +180,11 @@ def extract_backbone(content: Mapping[str, Any], arch: str = 'auto') -> Conversi
             f'{shorten(", ".join(unknown), 200)}'
         )
     for name, (_, value) in found.items():
-        if not value.is_floating_point() or value.is_meta or value.is_sparse:
+        if (
+            not value.is_floating_point()
+            or value.is_meta
+            or value.layout is not torch.strided
+        ):
             kind = f'{value.layout}, {value.dtype}, on {value.device}'
             raise ValueError(f'{name} holds no floating-point numbers ({kind})')
     try:
@@ -224,18 +228,19 @@ def find_arch(names: Mapping[str, Any], content: Mapping[str, Any]) -> str:
         some = shorten(', '.join(content) or 'nothing', 100)
         raise ValueError(f'holds no ClusTR backbone, but {some}')
     known = {arch: ClusTR.arch_zoo[arch]['depths'] for arch in ARCHS}
-    actual = [depths.get(stage, 0) for stage in range(max(depths) + 1)]
     for arch, expected in known.items():
-        if actual == expected:
+        if depths == dict(enumerate(expected)):
             return arch
     listed = '; '.join(f'{a} has {_join(depths)}' for a, depths in known.items())
+    # In the file's own numbers, of which there may be any.
+    stages, counts = zip(*sorted(depths.items()), strict=True)
     raise ValueError(
-        f'is no ClusTR of a known arch: its stages have {_join(actual)} blocks; '
-        f'{listed}'
+        f'is no ClusTR of a known arch: its stages {_join(stages)} have '
+        f'{_join(counts)} blocks; {listed}'
     )
 
 
-def _join(numbers: list[int]) -> str:
+def _join(numbers: Iterable[int]) -> str:
     return shorten(', '.join(map(str, numbers)), 60)
 
 
@@ -257,15 +262,4 @@ def write_weights(conversion: Conversion, path: Path) -> None:
         buffer = io.BytesIO()
         torch.save(dict(state_dict=conversion.weights), buffer)
         data = buffer.getbuffer()
-    # In the same folder, because only within one file system a file takes the place
-    # of another at once.
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with temporary.open('xb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .benchmark.backbones import Backbone, find_backbone, without_weights
+from .benchmark.backbones import find_backbone, without_weights
 from .models import ClusTR
 from .ops import windows
+from .reading import read_config, shorten
 
 #: Operators whose two factors are both activations: products of attention. All
 #: others that the counter knows have weights in them.
@@ -192,20 +193,33 @@ def load_model(name: str, whole: bool = True) -> tuple[str, nn.Module]:
         tuple[str, nn.Module]: Its name in tables, and the model.
 
     Raises:
-        ValueError: If there is no such preset, or the config has no model.
+        ValueError: If there is no such preset, or the config cannot be read, has no
+            model, or its model cannot be built.
     """
     if name in ClusTR.arch_zoo:
         return name, ClusTR(name)
     if not whole or not Path(name).is_file():
-        backbone: Backbone = find_backbone(name)
-        return backbone.name, backbone.build()
-    config = Config.fromfile(name)
-    if 'type' not in (config.get('model') or {}):
+        backbone = find_backbone(name)
+        return backbone.name, _build(name, backbone.build)
+    config = read_config(Path(name))
+    model = config.get('model')
+    if not isinstance(model, dict) or 'type' not in model:
         raise ValueError(f'{name} has no model')
-    if config.get('default_scope'):
-        init_default_scope(config.default_scope)
-    model = ConfigDict(without_weights(config.model.to_dict()))
-    return Path(name).stem, MODELS.build(model)
+
+    def build() -> nn.Module:
+        if config.get('default_scope'):
+            init_default_scope(config.default_scope)
+        return MODELS.build(ConfigDict(without_weights(model.to_dict())))
+
+    return Path(name).stem, _build(name, build)
+
+
+def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    # What a config of somebody's raises may be anything.
+    try:
+        return build()
+    except Exception as error:
+        raise ValueError(f'cannot build {name}: {shorten(error)}') from error
 
 
 def to_markdown(rows: Sequence[Flops]) -> str:

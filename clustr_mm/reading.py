@@ -1,4 +1,5 @@
-"""Reads checkpoint files of any origin without running anything in them."""
+"""Reads files of any origin: checkpoints, without running anything in them, and
+configs, which are programs."""
 
 import importlib.util
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 
 from .compat.safe_load import HAS_ALLOW_LIST
 from .models.checkpoint import unwrap
@@ -26,6 +28,27 @@ def shorten(error: object, limit: int = 300) -> str:
     """Put a message on one line."""
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + '...'
+
+
+def read_config(path: Path) -> Config:
+    """Read a config file.
+
+    Args:
+        path (Path): The file.
+
+    Returns:
+        Config: Its content.
+
+    Raises:
+        ValueError: If that is not possible, in one line.
+    """
+    if not path.is_file():
+        raise ValueError(f'there is no config {str(path)!r}')
+    try:
+        return Config.fromfile(path)
+    # What a program raises may be anything.
+    except Exception as error:
+        raise ValueError(f'cannot read the config {path}: {shorten(error)}') from error
 
 
 def check_safetensors() -> None:
@@ -88,4 +111,9 @@ def _load_torch(path: str) -> Any:
         warnings.simplefilter('ignore')
         # Optimizer states, twice as large as the weights, are never read.
         mmap = zipfile.is_zipfile(path)
+        if mmap and not HAS_ALLOW_LIST:
+            # An older torch runs an archive of TorchScript in spite of weights_only.
+            with zipfile.ZipFile(path) as archive:
+                if any(Path(n).name == 'constants.pkl' for n in archive.namelist()):
+                    raise ValueError('is an archive of TorchScript')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)

@@ -18,8 +18,27 @@ class Attack:
         return os.system, ('echo hacked > hacked',)
 
 
-HOSTILE = ['hostile', 'hostile, old format', 'namespace with a call', 'plain pickle']
-BROKEN = ['truncated', 'zip', 'script', 'objects', 'text', 'empty']
+class Script(nn.Module):
+    """Writes the file ``hacked`` where its archive of TorchScript is loaded."""
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[bool]:
+        return (self.training,)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[bool]) -> None:
+        self.training = state[0]
+        torch.save(torch.zeros(1), 'hacked')
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+HOSTILE = [
+    *('hostile', 'hostile, old format', 'namespace with a call', 'plain pickle'),
+    'script',
+]
+BROKEN = ['truncated', 'zip', 'objects', 'text', 'empty']
 
 
 def make_file(kind, weights):
@@ -40,7 +59,7 @@ def make_file(kind, weights):
         with zipfile.ZipFile(file, 'w') as archive:
             archive.writestr('a', 'b')
     elif kind == 'script':
-        torch.jit.save(torch.jit.script(nn.Linear(1, 1)), file)
+        torch.jit.save(torch.jit.script(Script()), file)
     elif kind == 'objects':
         torch.save(dict(a=np.array([[1], 'x'], dtype=object)), file)
     elif kind == 'text':

@@ -21,7 +21,7 @@ from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch_versions import restricted
 
-import clustr_mm.conversion
+import clustr_mm.writing
 from clustr_mm import ClusTR
 from clustr_mm.conversion import ARCHS, convert_checkpoint, extract_backbone
 
@@ -216,19 +216,20 @@ WRONG = {
     ),
     'a block less': (
         lambda: {k: v for k, v in weights().items() if 'stages.2.blocks.5' not in k},
-        r'no ClusTR of a known arch: its stages have 1, 2, 5, 1 blocks; tiny has 1, 2',
+        r'no ClusTR of a known arch: its stages 0, 1, 2, 3 have 1, 2, 5, 1 blocks; tiny '
+        r'has 1, 2, 6, 1; small has 3, 5, 13, 2; ',
     ),
     'a block more': (
         lambda: {**weights(), 'block4.1.norm1.weight': torch.ones(512)},
-        'its stages have 1, 2, 6, 2 blocks',
+        'its stages 0, 1, 2, 3 have 1, 2, 6, 2 blocks',
     ),
     'a stage more': (
         lambda: {**weights(), 'stages.4.blocks.0.norm1.weight': torch.ones(512)},
-        'its stages have 1, 2, 6, 1, 1 blocks',
+        'its stages 0, 1, 2, 3, 4 have 1, 2, 6, 1, 1 blocks',
     ),
     'a stage less': (
         lambda: {k: v for k, v in weights().items() if 'stages.3' not in k},
-        'its stages have 1, 2, 6 blocks',
+        'its stages 0, 1, 2 have 1, 2, 6 blocks',
     ),
     'another norm': (
         lambda: {**weights(), 'stages.0.norm.running_mean': torch.ones(64)},
@@ -249,6 +250,16 @@ WRONG = {
     'sparse': (
         lambda: {**weights(), 'stages.0.norm.bias': torch.ones(64).to_sparse()},
         r'stages\.0\.norm\.bias holds no floating-point numbers .*sparse',
+    ),
+    'rows': (
+        lambda: {
+            k: v.to_sparse_csr() if v.ndim == 2 else v for k, v in weights().items()
+        },
+        r' holds no floating-point numbers .*sparse_csr',
+    ),
+    'a stage far away': (
+        lambda: {**weights(), 'stages.10000000000.blocks.0.x': torch.ones(1)},
+        r'its stages 0, 1, 2, 3, 10000000000 have 1, 2, 6, 1, 1 blocks',
     ),
     'no tensor': (
         lambda: {**weights(), 'stages.0.norm.bias': [0.0] * 64},
@@ -396,7 +407,7 @@ def test_never_a_part_of_a_file(tmp_path, monkeypatch, error, suffix):
 
     for function in ('fsync', 'replace'):
         with monkeypatch.context() as patch:
-            patch.setattr(clustr_mm.conversion.os, function, fail)
+            patch.setattr(clustr_mm.writing.os, function, fail)
             with pytest.raises(type(error)):
                 convert_checkpoint(source, target, overwrite=True)
         assert sorted(os.listdir(tmp_path)) == ['source.pth', target.name]

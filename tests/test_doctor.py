@@ -226,6 +226,20 @@ def test_versions(monkeypatch):
     assert check.status == 'warn' and 'pip install .' in check.hint
 
 
+def test_damaged_records(tmp_path, monkeypatch):
+    """Folders that an interrupted uninstallation leaves."""
+    for name in ('numpy-1.26.3', 'torch-2.0.0'):
+        (tmp_path / f'{name}.dist-info').mkdir()
+    (tmp_path / 'torch-2.0.0.dist-info/top_level.txt').write_text('torch\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    owners = versions.find_distributions()
+    for module in ('numpy', 'torch'):
+        check = versions.check_version(module, owners[module])
+        assert check.status == 'warn' and 'delete it' in check.hint
+    check = versions.check_version('mmengine', owners['mmengine'])
+    assert check.status == 'ok'
+
+
 def test_missing_packages_are_no_failures(monkeypatch):
     for module in (checks, versions):
         monkeypatch.setattr(module, 'is_installed', lambda name: False)

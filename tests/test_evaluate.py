@@ -266,10 +266,17 @@ def test_one_checkpoint_for_each_training(tmp_path):
     touch(f'zoo/{FPN}_2.pth', 0)
     touch(f'zoo/{RCNN}.pth', 0)
     (tmp_path / 'empty').mkdir()
+    # What a training links and then deletes, and a damaged record.
+    (tmp_path / 'newest/latest.pth').symlink_to(tmp_path / 'newest/gone.pth')
+    (tmp_path / 'alone').mkdir()
+    (tmp_path / 'alone/latest.pth').symlink_to(tmp_path / 'alone/gone.pth')
+    touch('record/epoch_1.pth', 0)
+    (tmp_path / 'record/last_checkpoint').write_bytes(b'\xff\xfe')
     assert [str(file.relative_to(tmp_path)) for file in find(tmp_path, BENCHMARKS)] == [
         'best/best_AP_epoch_2.pth',
         'last/deep/epoch_2.pth',
         'newest/iter_1.pth',
+        'record/epoch_1.pth',
         *(f'zoo/{FPN}.pth', f'zoo/{FPN}_2.pth', f'zoo/{RCNN}.pth'),
     ]
 
@@ -669,6 +676,7 @@ def test_nothing_to_do_is_no_success(tool, mim):
         (['.', '--launcher', 'slurm', '--gpus', '8'], 'needs --gpus-per-node'),
         (['.', '--launcher', 'mpi'], 'invalid choice'),
         (['.', '--cfg-options', 'a'], "--cfg-options must be like key=value, got 'a'"),
+        (['.', '--cfg-options', 'a=[1,2'], 'Imbalanced brackets exist in [1,2'),
         (['.', '--out', 'stray.py'], 'stray.py'),
         ([], 'CHECKPOINT_OR_FOLDER'),
     ],
@@ -689,16 +697,13 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
     assert set(before) == {'evaluation.md', 'evaluation.json'}
     report.rows.append(Row(FPN, 'Semantic FPN, ADE20K', 'a.pth', 'mIoU', 40.0))
 
-    def interrupt(self, content):
-        with self.open('wb') as stream:
-            stream.write(content[:10])
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, 'write_bytes', interrupt)
+    monkeypatch.setattr(os, 'fsync', interrupt)
     with pytest.raises(KeyboardInterrupt):
         report.save(tmp_path)
-    for name, text in before.items():
-        assert (tmp_path / name).read_text() == text
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
 
 
 # The scripts

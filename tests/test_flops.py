@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clustr_mm import ClusTR
+from clustr_mm.benchmark.backbones import find_backbone
 from clustr_mm.flops import count_flops, load_model, to_markdown
 from clustr_mm.ops import windows
 
@@ -39,6 +40,19 @@ def test_parts_of_small(size, layers, attention, clustering):
     for count, expected in zip(parts, (layers, attention, clustering)):
         assert count / 1e9 == pytest.approx(expected, rel=0.005)
     assert flops.total == sum(parts)
+
+
+def test_attention_of_dual_vit():
+    """By the formulas of docs/backbones.md: the semantics grow with the image."""
+    model = find_backbone('dualvit-s').build()
+    for side in (224, 448):
+        n = [(side // stride) ** 2 for stride in (4, 8, 16, 32)]
+        s = (side // 28) ** 2
+        products = 64 * s**2  # of the queries and the pooled map
+        for i, (dims, depth) in enumerate([(64, 3), (128, 4), (320, 6), (448, 3)]):
+            pairs = 2 * n[i] * s + s**2 if i < 2 else (n[i] + s) ** 2
+            products += depth * dims * pairs
+        assert count_flops(model, side, side).attention == 2 * products
 
 
 def test_windows_cost_less():
@@ -112,6 +126,30 @@ def test_whole_models(config, parts):
     assert whole.layers > part.layers
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('model = (', 'cannot read the config'),
+        ('raise KeyError(3)', 'cannot read the config'),
+        ('model = 3', 'has no model'),
+        ('model = dict(backbone=3)', 'has no model'),
+        ('model = dict(type="None")', 'cannot build '),
+        (
+            'default_scope = "gone"\nmodel = dict(type="ResNet")',
+            'cannot build ',
+        ),
+    ],
+)
+def test_configs_that_are_none(tmp_path, text, message):
+    path = tmp_path / 'config.py'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(str(path))
+    assert '\n' not in str(error.value)
+    with pytest.raises(ValueError, match='config'):
+        load_model(str(path), whole=False)
+
+
 def test_table():
     flops = count_flops(ClusTR('tiny'), 64, 32, 'a')
     row = to_markdown([flops]).splitlines()[2]
@@ -135,6 +173,7 @@ def test_command_line(tmp_path):
         (['nothing'], "unknown backbone 'nothing'"),
         (['tiny', '--shape', '0', '5'], 'at least 1 x 1, got 0 x 5'),
         (['tiny', '--shape', '1', '2', '3'], 'one or two numbers'),
+        (['tiny', '--out', 'nowhere/a.json'], 'there is no folder nowhere'),
     ]:
         done = subprocess.run(
             [*tool, *arguments], capture_output=True, text=True, check=False

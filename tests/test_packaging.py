@@ -1,8 +1,10 @@
 """What users of a wheel get."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,15 @@ def site(tmp_path_factory):
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
+    # What an earlier build left of a module that is gone.
+    stale = folder / 'source/build/lib/clustr_mm/models/stale.py'
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    run('setup.py', '-q', 'build', cwd=folder / 'source')
+    assert not stale.exists() and (stale.parent / 'clustr.py').exists()
+
+    for hidden in ('.ci', '.github'):
+        shutil.copytree(ROOT / hidden, folder / 'source' / hidden)
     run('setup.py', '-q', 'sdist', '-d', folder, cwd=folder / 'source')
     (archive,) = folder.glob('clustr_mm-*.tar.gz')
     pip = ('-m', 'pip', '--disable-pip-version-check')
@@ -35,6 +46,42 @@ def site(tmp_path_factory):
     (wheel,) = folder.glob('clustr_mm-*-py3-none-any.whl')
     run(*pip, 'install', '--no-deps', '--target', folder / 'site', wheel)
     return folder / 'site'
+
+
+def test_the_source_distribution_has_all_sources(site):
+    (path,) = site.parent.glob('clustr_mm-*.tar.gz')
+    with tarfile.open(path) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
+    files = {
+        str(file.relative_to(ROOT))
+        for folder in (
+            '.ci',
+            '.github',
+            'clustr_mm',
+            'configs',
+            'docs',
+            'tests',
+            'tools',
+        )
+        for file in (ROOT / folder).rglob('*')
+        if file.is_file() and '__pycache__' not in file.parts
+    }
+    files |= {file.name for file in ROOT.iterdir() if file.suffix in ('.md', '.toml')}
+    assert files <= names
+    assert {'Makefile', 'requirements/lock.txt', 'setup.py', 'LICENSE'} <= names
+
+
+def test_the_lock_and_the_licences_are_of_one_environment():
+    lock = (ROOT / 'requirements/lock.txt').read_text()
+    listed = (ROOT / 'docs/dependencies.md').read_text()
+    pinned = re.findall(r'^([^#\s=]+)==(\S+)', lock, re.MULTILINE)
+    named = re.findall(r'^\| ([\w.-]+) \| (\d\S*) \|', listed, re.MULTILINE)
+    assert len(pinned) > 100
+
+    def normal(pairs):
+        return {(re.sub(r'[-_.]+', '-', name).lower(), v) for name, v in pairs}
+
+    assert normal(pinned) ^ normal(named) == set()
 
 
 def test_it_imports(site, tmp_path):

@@ -6,6 +6,7 @@ while they are newer than what they were made from.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from PIL import Image
 
 from clustr_mm.toy_data import ADE_CLASSES, make_toy_data
 from clustr_mm.visualization import Pixels, compute_clusters, draw_clusters
+from clustr_mm.writing import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/mmseg/fpn_clustr-t_toy-ade20k.py'
@@ -44,6 +46,17 @@ def mim(command: str, *arguments: object) -> None:
     done = subprocess.run([sys.executable, '-m', *line], cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(f'demo.py: mim {command} failed, see its message above')
+
+
+def find_last(folder: Path, *sources: Path) -> Path | None:
+    """The last whole checkpoint of a training, if newer than what it depends on."""
+    record = folder / 'last_checkpoint'
+    if not is_fresh(record, *sources):
+        return None
+    # The runner deletes the file before, writes the new one, then its record: an
+    # interruption leaves a part of a file, or a record of one that is gone.
+    path = folder / Path(record.read_text().strip()).name
+    return path if path.is_file() else None
 
 
 def find_metrics(folder: Path) -> Path:
@@ -85,9 +98,9 @@ def build_model(config: Config) -> torch.nn.Module:
 def save_untrained(model: torch.nn.Module, path: Path) -> None:
     """Save the weights so that an interruption leaves no broken file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix('.partial')
-    torch.save(dict(state_dict=model.state_dict(), meta=dict()), partial)
-    partial.replace(path)
+    file = io.BytesIO()
+    torch.save(dict(state_dict=model.state_dict(), meta=dict()), file)
+    write_whole(path, file.getbuffer())
 
 
 def cluster_pictures(
@@ -163,9 +176,9 @@ def draw(model: torch.nn.Module, data: Path, predictions: Path, path: Path) -> N
         axis.set_title(title)
     for axis in figure.axes:
         axis.set_axis_off()
-    partial = path.with_suffix('.partial')
-    figure.savefig(partial, dpi=100, format='png')
-    partial.replace(path)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100, format='png')
+    write_whole(path, file.getbuffer())
 
 
 def main() -> None:
@@ -186,9 +199,9 @@ def main() -> None:
 
     train = WORK / 'train'
     trained = train / f'iter_{config.train_cfg.max_iters}.pth'
-    if not is_fresh(trained, *sources):
-        latest = train / 'last_checkpoint'
-        resume = ['--resume'] if is_fresh(latest, *sources) else []
+    last = find_last(train, *sources)
+    if last is None or last.name != trained.name:
+        resume = [] if last is None else ['--resume']
         mim('train', CONFIG, '--work-dir', train, *resume)
     after = evaluate(trained, WORK / 'after', *sources)
 

@@ -100,7 +100,10 @@ def parse_overrides(items: Sequence[str]) -> dict:
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     line = ['--cfg-options', *items] if items else []
-    return parser.parse_args(line).cfg_options
+    try:
+        return parser.parse_args(line).cfg_options
+    except AssertionError as error:
+        raise ValueError(f'--cfg-options: {error}') from error
 
 
 def make_options(args: argparse.Namespace) -> list[str]:

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clustr_mm.benchmark.backbones import presets
-from clustr_mm.benchmark.report import write_whole
 from clustr_mm.flops import count_flops, load_model, to_markdown
+from clustr_mm.writing import write_whole
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +54,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
+    if args.out and not args.out.parent.is_dir():
+        raise SystemExit(f'get_flops.py: there is no folder {args.out.parent}')
     rows = []
     for given in args.models:
         try:

@@ -27,7 +27,6 @@ import torch
 from PIL import Image
 
 from clustr_mm import ClusTR
-from clustr_mm.benchmark.report import write_whole
 from clustr_mm.reading import shorten
 from clustr_mm.visualization import (
     Line,
@@ -41,6 +40,7 @@ from clustr_mm.visualization import (
     token_at,
 )
 from clustr_mm.visualization.sheet import ALARM, TITLE
+from clustr_mm.writing import write_whole
 
 BLOCKS = {'first': 0, 'last': -1}
 

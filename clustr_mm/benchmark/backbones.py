@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from ..models import PyramidBackbone
+from ..reading import read_config
 
 #: Stock peers of about the size of ClusTR-small, by their toolbox.
 PEERS = {
@@ -128,21 +128,18 @@ def find_backbone(name: str) -> Backbone:
             cfg['cluster_window'] = int(preset['window'])
         return Backbone(name, cfg, textbook=bool(preset['textbook']))
     if Path(name).is_file():
-        return _read_config(Path(name))
+        return _of_config(Path(name))
     raise ValueError(
         f'unknown backbone {name!r}: neither a config file nor one of '
         f'{", ".join(presets())}'
     )
 
 
-def _read_config(path: Path) -> Backbone:
-    try:
-        config = Config.fromfile(path)
-        model = config.get('model') or {}
-        cfg = model.get('backbone', model)
-    except Exception as error:
-        raise ValueError(f'cannot read the config {path}: {error}') from error
-    if 'type' not in cfg:
+def _of_config(path: Path) -> Backbone:
+    config = read_config(path)
+    model = config.get('model')
+    cfg = model.get('backbone', model) if isinstance(model, dict) else {}
+    if not isinstance(cfg, dict) or 'type' not in cfg:
         raise ValueError(f'{path} has no model.backbone, nor is its model a backbone')
     custom_imports = config.get('custom_imports') or {}
     imports = custom_imports.get('imports') or ()

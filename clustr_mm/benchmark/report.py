@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..writing import write_whole
 from .runner import Row, Settings, add_ratios
 
 PACKAGES = (
@@ -116,13 +117,6 @@ class Report:
             image = draw(self.rows, self.about)
             if image:
                 write_whole(folder / 'benchmark.png', image)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file such that an interruption leaves the old or the new one."""
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def device_name(device: str) -> str:

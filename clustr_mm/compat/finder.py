@@ -2,22 +2,22 @@
 
 ``clustr_mm.pth`` loads this file at the start of Python, because some stock scripts
 (``mim test mmdet``) import ``mmcv.ops`` before they read the config that names
-``clustr_mm``. So it uses the standard library only, and little of that.
+``clustr_mm``. Every start of Python pays for what it imports, so that is next to
+nothing: no ``pathlib``, nor ``importlib.abc`` and the ``tempfile`` behind it.
 """
 
 import importlib.util
+import os.path
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 
 _NAME = 'mmcv._ext'
-_STAND_IN = str(Path(__file__).with_name('mmcv_ext.py'))
+_STAND_IN = os.path.join(os.path.dirname(__file__), 'mmcv_ext.py')
 
 
-class StandInFinder(MetaPathFinder):
+class StandInFinder:
     """Meta path finder that knows one module, ``mmcv._ext``.
 
     It belongs at the end of ``sys.meta_path``: there it is asked only after every
@@ -72,5 +72,5 @@ def mmcv_ops_are_stand_in() -> bool:
     return (
         spec is not None
         and spec.origin is not None
-        and Path(spec.origin).name == Path(_STAND_IN).name
+        and os.path.basename(spec.origin) == os.path.basename(_STAND_IN)
     )

@@ -18,6 +18,10 @@ MODULES = (
 )
 
 
+#: Stands for a version that a damaged record does not tell.
+BROKEN = 'of a damaged record'
+
+
 def find_distributions() -> dict[str, dict[str, str]]:
     """Ask pip's records who brought which module.
 
@@ -25,20 +29,41 @@ def find_distributions() -> dict[str, dict[str, str]]:
         dict[str, dict[str, str]]: For each of ``MODULES`` the distributions that
         own it, and their versions.
     """
+    named: dict[str, list[str | None]] = {}
+    for distribution in metadata.distributions():
+        for module in _modules(distribution):
+            named.setdefault(module, []).append(_name(distribution))
     found: dict[str, dict[str, str]] = {}
-    named = metadata.packages_distributions()
     for module in MODULES:
         owners = found[module] = {}
-        # Python 3.10 does not know what modules some distributions have; most have
-        # one of their own name.
         for name in named.get(module, [module]):
             try:
-                version = metadata.version(name)
+                version = metadata.version(name) if name else None
             except metadata.PackageNotFoundError:
                 continue
+            except OSError:
+                version = None
             # pip does not tell the spellings apart either.
-            owners[re.sub(r'[-_.]+', '-', name).lower()] = version
+            owner = re.sub(r'[-_.]+', '-', name or module).lower()
+            owners[owner] = version or BROKEN
     return found
+
+
+def _name(distribution: metadata.Distribution) -> str | None:
+    # An interrupted uninstallation leaves a folder without this file; what that
+    # means depends on whether the package importlib_metadata is imported.
+    try:
+        return distribution.metadata['Name']
+    except OSError:
+        return None
+
+
+def _modules(distribution: metadata.Distribution) -> set[str]:
+    declared = distribution.read_text('top_level.txt')
+    if declared is not None:
+        return set(declared.split())
+    files = [file for file in distribution.files or () if file.suffix == '.py']
+    return {file.parts[0].removesuffix('.py') for file in files}
 
 
 def is_installed(module: str) -> bool:
@@ -96,6 +121,12 @@ def check_version(module: str, owners: Mapping[str, str]) -> Check:
         version if owner == module.replace('_', '-') else f'{owner} {version}'
         for owner, version in sorted(owners.items())
     )
+    if BROKEN in owners.values():
+        return Check(
+            *(name, WARN, text),
+            'a *.dist-info folder in site-packages has no METADATA: delete it and '
+            'install the package again',
+        )
     if any(owner.startswith('onedl-') for owner in owners):
         return Check(
             *(name, WARN, text),

@@ -121,6 +121,8 @@ def find(folder: Path, configs: Sequence[Path]) -> list[Path]:
     groups: dict[Path, list[Path]] = {}
     found = []
     for file in sorted(folder.rglob('*.pth')):
+        if not file.is_file():  # a link to what is gone
+            continue
         if match_name(file.stem, configs):
             found.append(file)
         else:
@@ -134,9 +136,16 @@ def _pick(folder: Path, files: Sequence[Path]) -> Path:
     last = folder / 'last_checkpoint'
     if not best and last.is_file():
         # The path in it is that of the machine that trained.
-        named = Path(last.read_text().strip()).name
+        named = Path(last.read_text(errors='replace').strip()).name
         best = [file for file in files if file.name == named]
-    return max(best or files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+    return max(best or files, key=lambda file: (_modified(file), file.name))
+
+
+def _modified(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:  # a training deletes what it no longer keeps
+        return 0
 
 
 def load(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:

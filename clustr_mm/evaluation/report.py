@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..benchmark.report import device_name, versions, write_whole
+from ..benchmark.report import device_name, versions
+from ..writing import write_whole
 from .published import TASKS, Task
 from .runs import Row
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,9 +55,8 @@ def make_toy_data(
 ) -> tuple[Path, bool]:
     """Write a toy data set, or reuse it if it is there already.
 
-    It appears all at once: what an interrupted run has written lies in a
-    folder ending in ``.partial``, which the next run clears away. The same
-    parameters give the same pixels.
+    It appears all at once. An interrupted run leaves nothing, a killed one a
+    hidden folder beside it. The same parameters give the same pixels.
 
     Args:
         task (str): Whose layout and format, one of ``TASKS``.
@@ -101,15 +101,16 @@ def make_toy_data(
         if json.loads((root / _RECORD).read_text()) == record:
             return root, False
 
-    partial = root.with_name(f'{root.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f'.{root.name}.', dir=root.parent
+    ) as folder:
+        # That one is for its owner's eyes only, those in it are as others.
+        partial = Path(folder, root.name)
+        partial.mkdir()
         _TASKS[task].write(partial, num_train, num_val, size, seed)
         (partial / _RECORD).write_text(json.dumps(record, indent=2) + '\n')
         if root.exists():
             shutil.rmtree(root)
         partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return root, True

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..benchmark.backbones import without_weights
 from ..evaluation.checkpoints import load
 from ..models.clustr import ClusTR
-from ..reading import shorten
+from ..reading import read_config, shorten
 
 #: What the data preprocessors of the toolboxes call the exchange of red and blue.
 CONVERSIONS = (
@@ -200,13 +199,7 @@ def load_backbone(
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], Pixels]:
-    if not path.is_file():
-        raise ValueError(f'there is no config {str(path)!r}')
-    try:
-        config = Config.fromfile(path)
-    except Exception as error:
-        raise ValueError(f'cannot read the config {path}: {shorten(error)}') from error
-    config = config.to_dict()
+    config = read_config(path).to_dict()
     cfg = next(_find_cfgs(config.get('model') or config), None)
     if cfg is None:
         raise ValueError(f'{path} has no ClusTR backbone')

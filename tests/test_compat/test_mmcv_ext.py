@@ -783,6 +783,24 @@ def test_start_up_file_is_harmless_without_the_package(tmp_path):
     assert (done.stdout, done.stderr) == ('1\n', '')
 
 
+def test_start_up_file_imports_next_to_nothing():
+    """Every start of Python pays for it."""
+    finder = Path(clustr_mm.__file__).parent / 'compat/finder.py'
+    code = (
+        'import importlib.util as u, sys\n'
+        'before = set(sys.modules)\n'
+        f's = u.spec_from_file_location("finder", {str(finder)!r})\n'
+        's.loader.exec_module(u.module_from_spec(s))\n'
+        'print(*sorted(set(sys.modules) - before))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-S', '-I', '-c', code],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    allowed = {'collections', 'collections.abc', 'importlib.machinery', 'os', 'os.path'}
+    assert set(done.stdout.split()) <= allowed
+
+
 @stand_in_only
 def test_checkout_beside_an_installed_package(tmp_path):
     """The start-up file serves the one, the script imports the other."""

@@ -226,6 +226,23 @@ def test_activate_twice_changes_nothing():
     assert set(torch.serialization.get_safe_globals()) == before
 
 
+@restricted
+def test_a_getattr_that_the_user_allowed_stays(tmp_path):
+    """Of two entries under one name torch takes any."""
+    before = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([getattr])
+        safe_load.allow_runner_checkpoints()
+        after = torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+    assert getattr in after and HistoryBuffer in after
+    names = [entry[1] for entry in after if isinstance(entry, tuple)]
+    assert names and 'builtins.getattr' not in names
+
+
 def test_older_torch_is_left_alone(monkeypatch):
     monkeypatch.setattr(safe_load, 'HAS_ALLOW_LIST', False)
     monkeypatch.delattr(torch.serialization, 'add_safe_globals', raising=False)
