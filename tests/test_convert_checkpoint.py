@@ -216,8 +216,8 @@ WRONG = {
     ),
     'a block less': (
         lambda: {k: v for k, v in weights().items() if 'stages.2.blocks.5' not in k},
-        r'no ClusTR of a known arch: its stages 0, 1, 2, 3 have 1, 2, 5, 1 blocks; tiny '
-        r'has 1, 2, 6, 1; small has 3, 5, 13, 2; ',
+        'no ClusTR of a known arch: its stages 0, 1, 2, 3 have 1, 2, 5, 1 blocks; '
+        'tiny has 1, 2, 6, 1; small has 3, 5, 13, 2; ',
     ),
     'a block more': (
         lambda: {**weights(), 'block4.1.norm1.weight': torch.ones(512)},
