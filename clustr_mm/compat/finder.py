@@ -3,13 +3,12 @@
 ``clustr_mm.pth`` loads this file at the start of Python, because some stock scripts
 (``mim test mmdet``) import ``mmcv.ops`` before they read the config that names
 ``clustr_mm``. Every start of Python pays for what it imports, so that is next to
-nothing: no ``pathlib``, nor ``importlib.abc`` and the ``tempfile`` behind it.
+nothing: neither ``pathlib`` nor ``importlib.abc``, with ``tempfile`` behind it.
 """
 
 import importlib.util
 import os.path
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -27,14 +26,14 @@ class StandInFinder:
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None,
+        path: list[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """Find the stand-in.
 
         Args:
             fullname (str): Absolute name of the module looked for.
-            path (Sequence[str], optional): ``__path__`` of the parent package.
+            path (list[str], optional): ``__path__`` of the parent package.
             target (ModuleType, optional): Module object to be reloaded.
 
         Returns:
