@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .models import ClusTR
-from .models.checkpoint import WRAPPERS, translate
+from .models.checkpoint import WRAPPERS, check_complete, find_parameters
 from .reading import check_safetensors, read_checkpoint, shorten
 from .writing import write_whole
 
@@ -159,13 +159,11 @@ def extract_backbone(content: Mapping[str, Any], arch: str = 'auto') -> Conversi
     """
     if arch not in (*ARCHS, 'auto'):
         raise ValueError(f'arch must be one of {[*ARCHS, "auto"]}, got {arch!r}')
-    found: dict[str, tuple[str, Tensor]] = {}
-    # One by one, to see if two of them claim the same name.
-    for key, value in content.items():
-        for name in translate({key: value}, _Stages(), ClusTR.public_names):
-            if name in found:
-                raise ValueError(f'{found[name][0]} and {key} are both {name}')
-            found[name] = (key, value)
+    try:
+        sources = find_parameters(content, ClusTR.public_names, _Stages())
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    found = {name: (key, content[key]) for name, key in sources.items()}
     actual = find_arch(found, content)
     if arch not in (actual, 'auto'):
         raise ValueError(f'is ClusTR-{actual}, not ClusTR-{arch}')
@@ -188,8 +186,7 @@ def extract_backbone(content: Mapping[str, Any], arch: str = 'auto') -> Conversi
             kind = f'{value.layout}, {value.dtype}, on {value.device}'
             raise ValueError(f'{name} holds no floating-point numbers ({kind})')
     try:
-        # Its own check says which parameters are missing or of another shape.
-        model.load_state_dict({k: v for k, (_, v) in found.items()}, assign=True)
+        check_complete(model, content, sources)
     except RuntimeError as error:
         raise ValueError(f'is no ClusTR-{actual}: {shorten(error)}') from error
     used = {source for source, _ in found.values()}

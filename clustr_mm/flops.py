@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .benchmark.backbones import find_backbone, without_weights
 from .models import ClusTR
-from .ops import windows
+from .models.clustr import ClusteredAttention
+from .ops import DPCKNN, Clusters, GridCells, KMeans
 from .reading import read_config, shorten
 
 #: Operators whose two factors are both activations: products of attention. All
@@ -53,8 +53,9 @@ class Flops:
         parameters (int): Of the model.
         layers (int): Linear layers and convolutions.
         attention (int): Queries times keys, and weights times values.
-        clustering (int): Squared distances of all pairs of tokens that a
-            clustering looks at, N * N * C for each, as the definition has it.
+        clustering (int): Squared distances that the clustering looks at: of all
+            pairs of tokens for DPC-kNN, N * N * C as the definition has it; of
+            tokens and means for k-means, N * M * C in every step.
         published (int, optional): What ClusTR's published figures count: the
             layers, and the attention products of the coarse scale, as if there
             were no other. (Inferred: the figures for 224 x 224 are met within
@@ -82,10 +83,10 @@ def count_flops(
 ) -> Flops:
     """Count the multiply-adds of a backbone or of a whole model.
 
-    Clusters are not computed for it, tokens are assigned in turn, because their
-    number does not depend on the result; so large images take no longer than the
-    network without clustering. What runs on all kinds of devices is counted on
-    the meta device, in no time.
+    Clusters are not computed for it, tokens are assigned to cells of a grid, because
+    the number of clusters does not depend on the result; so large images take no
+    longer than the network without clustering. What runs on all kinds of
+    devices is counted on the meta device, in no time.
 
     Args:
         model (nn.Module): A backbone, classifier, segmentor, pose estimator or
@@ -112,7 +113,11 @@ def count_flops(
     model.eval()  # which returns None in some toolboxes
     # With gradients, lest nn.MultiheadAttention takes a fused way that the counter
     # does not know.
-    with record_clustering() as clustering, counter, torch.enable_grad():
+    clustering: list[int] = []
+    for module in model.modules():
+        if isinstance(module, ClusteredAttention):
+            module.clusterer = CountedClusterer(module.clusterer, clustering)
+    with counter, torch.enable_grad():
         forward(model, image)
     layers = attention = 0
     for operator, count in counter.get_flop_counts().get('Global', {}).items():
@@ -159,25 +164,49 @@ def forward(model: nn.Module, image: Tensor) -> None:
     model(image, samples, mode='tensor')
 
 
-@contextmanager
-def record_clustering() -> Iterator[list[int]]:
-    """Count the distances of every clustering meanwhile, and skip it."""
-    counts = []
-    real = windows.dpc_knn
+class CountedClusterer(nn.Module):
+    """Counts the distances that a clusterer computes, and spares them.
 
-    def assign_in_turn(
-        tokens: Tensor, num_clusters: Sequence[int], k: int = 5
-    ) -> tuple[Tensor, ...]:
+    Args:
+        clusterer (Callable): A clusterer. One of a user's own runs, and nothing is
+            counted.
+        counts (list[int]): Grows by one number for every clustering.
+    """
+
+    def __init__(self, clusterer: Callable, counts: list[int]) -> None:
+        super().__init__()
+        self.clusterer = clusterer
+        self.counts = counts
+        if isinstance(clusterer, DPCKNN):
+            self.clusterer = CountedDPCKNN(clusterer.k, clusterer.window)
+            self.clusterer.stride = clusterer.stride
+            self.clusterer.counts = counts
+
+    def forward(
+        self, tokens: Tensor, hw: tuple[int, int], counts: Sequence[int]
+    ) -> Clusters:
+        """Give out clusters of the right number."""
+        if not isinstance(self.clusterer, KMeans):
+            return self.clusterer(tokens, hw, counts)
+        cells = GridCells()(tokens, hw, counts)
+        sizes = [tokens.shape[1], *reversed(cells.counts)]
+        pairs = sum(n * m for n, m in zip(sizes, sizes[1:]) if m < n)
+        steps = self.clusterer.steps
+        self.counts.append(len(tokens) * steps * pairs * tokens.shape[2])
+        return cells
+
+
+class CountedDPCKNN(DPCKNN):
+    """Windows as of DPC-kNN, without the search in them."""
+
+    counts: list[int]
+
+    def find(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+        """Labels of tokens in turn."""
         batch, length, channels = tokens.shape
-        counts.append(batch * length * length * channels)
+        self.counts.append(batch * length * length * channels)
         index = torch.arange(length, device=tokens.device).expand(batch, -1)
-        return tuple(index % count for count in num_clusters)
-
-    windows.dpc_knn = assign_in_turn
-    try:
-        yield counts
-    finally:
-        windows.dpc_knn = real
+        return tuple(index % count for count in counts)
 
 
 def load_model(name: str, whole: bool = True) -> tuple[str, nn.Module]:

@@ -18,12 +18,12 @@ from clustr_mm.benchmark import (
     Row,
     Settings,
     SweepCase,
+    TextbookDPCKNN,
     add_ratios,
     find_backbone,
     run,
     runner,
     textbook_dpc_knn,
-    use_textbook,
 )
 from clustr_mm.benchmark.cases import Case, Prepared, stage_counts
 from clustr_mm.benchmark.memory import (
@@ -37,7 +37,7 @@ from clustr_mm.benchmark.memory import (
 )
 from clustr_mm.benchmark.plot import label_sizes
 from clustr_mm.benchmark.stages import split_by_stage
-from clustr_mm.ops import dpc_knn, windows
+from clustr_mm.ops import DPCKNN, dpc_knn
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCH = dict(
@@ -137,13 +137,6 @@ class TestTextbook:
             found = textbook_dpc_knn(tokens, COUNTS)
         assert_same(found, textbook_dpc_knn(tokens.float(), COUNTS))
 
-    def test_models_use_it_inside_the_context_only(self):
-        fast = windows.dpc_knn
-        with pytest.raises(KeyError), use_textbook():
-            assert windows.dpc_knn is textbook_dpc_knn
-            raise KeyError
-        assert windows.dpc_knn is fast
-
     def test_preset_runs_it(self, monkeypatch):
         from clustr_mm.benchmark import textbook
 
@@ -154,7 +147,8 @@ class TestTextbook:
             return dpc_knn(*args)
 
         monkeypatch.setattr(textbook, 'textbook_dpc_knn', spy)
-        backbone = Backbone('slow', TINY.cfg, textbook=True)
+        cfg = dict(TINY.cfg, clusterer=dict(type=TextbookDPCKNN))
+        backbone = Backbone('slow', cfg)
         BackboneCase(backbone=backbone, size=(32, 32), batch=1).prepare().run()
         assert len(calls) == 4
         calls.clear()
@@ -185,8 +179,11 @@ class TestBackbones:
 
     def test_suffixes(self):
         backbone = find_backbone('clustr-b-w112-textbook')
-        assert backbone.cfg == dict(type='ClusTR', arch='b', cluster_window=112)
-        assert backbone.textbook
+        clusterer = dict(type=TextbookDPCKNN, window=112)
+        assert backbone.cfg == dict(type='ClusTR', arch='b', clusterer=clusterer)
+        linear = find_backbone('clustr-s-linear').cfg
+        assert linear['clusterer'] == dict(type='KMeans')
+        assert linear['max_clusters'] == 49
         assert find_backbone('clustr-t').cfg == dict(type='ClusTR', arch='t')
 
     @pytest.mark.parametrize('name', ['clustr-x', 'clustr-s-w0', 'clustr-s-w', 'x.py'])
@@ -272,12 +269,12 @@ class TestCases:
     def test_sweep_clusters_windows(self, monkeypatch):
         seen = []
 
-        def spy(tokens, counts, k):
+        def spy(self, tokens, counts):
             seen.append((tuple(tokens.shape), tuple(counts)))
-            return dpc_knn(tokens, counts, k)
+            return dpc_knn(tokens, counts, self.k)
 
-        monkeypatch.setattr(windows, 'dpc_knn', spy)
-        for name in ('whole map', 'windows of 224 px'):
+        monkeypatch.setattr(DPCKNN, 'find', spy)
+        for name in ('whole map', 'windows of 224 px', 'k-means, 49'):
             SweepCase(name=name, size=(64, 448), batch=1).prepare().run()
         assert seen == [
             ((1, 16 * 112, 64), stage_counts(16 * 112)),
@@ -390,11 +387,11 @@ class TestSplit:
         def advance(seconds):
             clock.now += seconds
 
-        def slow_clustering(*args):
+        def slow_clustering(self, tokens, counts):
             advance(1)
-            return dpc_knn(*args)
+            return dpc_knn(tokens, counts, self.k)
 
-        monkeypatch.setattr(windows, 'dpc_knn', slow_clustering)
+        monkeypatch.setattr(DPCKNN, 'find', slow_clustering)
         for stage in model.stages:
             stage.patch_embed.register_forward_hook(lambda *_: advance(100))
             for block in stage.blocks:
@@ -477,7 +474,7 @@ class TestTool:
     def test_whole_run(self, tool, tmp_path, capsys):
         backbones = [
             self.config(tmp_path, 'plain'),
-            self.config(tmp_path, 'windows', cluster_window=16),
+            self.config(tmp_path, 'windows', clusterer=dict(type='DPCKNN', window=16)),
             self.config(tmp_path, 'broken', drop_rate=7),
         ]
         options = '--sizes 32x64 --rounds 2 --warmup 0 --split --device cpu'
@@ -546,7 +543,10 @@ class TestTool:
             [('operator', name, shape) for name in ('textbook', 'dpc_knn')]
             for shape in ('1x16384x64', '4x3136x64')
         ] + [
-            [('sweep', name, size) for name in ('whole map', 'windows of 224 px')]
+            [
+                ('sweep', name, size)
+                for name in ('whole map', 'windows of 224 px', 'k-means, 49')
+            ]
             for size in ('224x224', '800x1344')
         ]
 

@@ -1,10 +1,6 @@
 """The recipe for a new backbone in CONTRIBUTING.md."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_models.backbones import ARCHS
 
-import clustr_mm
 from clustr_mm.benchmark.backbones import find_backbone, our_types, presets
 from clustr_mm.flops import count_flops, load_model
 
@@ -44,23 +39,6 @@ def test_one_file_makes_a_backbone(pool_net):
     assert not any(p.requires_grad for p in model.stages[0].parameters())
     with pytest.raises(ValueError, match="arch must be one of \\['tiny'\\]"):
         MODELS.build(dict(type='PoolNet', arch='huge'))
-
-
-def test_the_file_is_found_by_itself(tmp_path):
-    package = Path(clustr_mm.__file__).parent
-    shutil.copytree(package, tmp_path / package.name)
-    (tmp_path / package.name / 'models/poolnet.py').write_text(blocks(PAGE)[0])
-    code = (
-        'import clustr_mm; from mmdet.registry import MODELS\n'
-        'print(clustr_mm.__file__, type(MODELS.build(dict(type="PoolNet"))).__name__)'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', code], cwd=tmp_path, check=True,
-        env={**os.environ, 'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.stdout.split() == [
-        str(tmp_path / package.name / '__init__.py'), 'PoolNet'
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

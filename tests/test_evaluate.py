@@ -39,6 +39,7 @@ FPN = 'fpn_clustr-t_4xb4-80k_ade20k-512x512'
 FPN_S = 'fpn_clustr-s_4xb4-80k_ade20k-512x512'
 RCNN = 'mask-rcnn_clustr-s_fpn_1x_coco'
 WINDOWS = 'mask-rcnn_clustr-s-w224_fpn_1x_coco'
+LINEAR = 'fpn_clustr-s-linear_4xb4-80k_ade20k-512x512'
 POSE = 'td-hm_clustr-s_8xb64-210e_coco-wholebody-256x192'
 IMAGENET = 'clustr-s_8xb128_in1k'
 RESULTS = {
@@ -145,6 +146,8 @@ def test_every_benchmark_has_a_task_and_only_known_paper_figures():
                 paper.setdefault(name, []).append(metric.paper)
     expected = {IMAGENET: [83.2]}
     for name in CONFIG:
+        if '-linear' in name:  # not the paper's attention
+            continue
         if name.startswith('fpn_clustr'):
             expected[name] = [48.0]
         elif name.startswith('upernet_clustr'):
@@ -177,6 +180,7 @@ def test_an_unknown_config_is_held_against_nothing():
     [
         (f'work_dirs/{RCNN}/epoch_12.pth', RCNN),
         (f'work_dirs/{WINDOWS}/epoch_12.pth', WINDOWS),
+        (f'work_dirs/{LINEAR}/iter_80000.pth', LINEAR),
         (f'work_dirs/{POSE}/best_coco-wholebody_AP_epoch_210.pth', POSE),
         (f'work_dirs/{IMAGENET}_run2/epoch_300.pth', IMAGENET),
         (f'work_dirs/{IMAGENET}/run/epoch_300.pth', IMAGENET),
@@ -209,7 +213,7 @@ def test_stored_names_and_texts():
         match_meta({'experiment_name': f'{FPN}_20260101_1'}, BENCHMARKS)
         == (CONFIG[FPN])
     )
-    names = (FPN, FPN_S, WINDOWS, RCNN)
+    names = (FPN, FPN_S, LINEAR, WINDOWS, RCNN)
     candidates = [CONFIG[name] for name in names]
     for name in names:
         config = read_copy(name)
@@ -403,6 +407,10 @@ def test_figures_in_percent(mim, tmp_path):
     assert figures(POSE) == [('whole AP', 60, 59.4, 0.6), ('whole AR', 69, 69.7, -0.7)]
     assert figures(IMAGENET) == [('top-1', 82.5, 83.2, -0.7)]
     assert figures('clustr-b_8xb128_in1k') == [('top-1', 82.5, None, None)]
+    assert figures(LINEAR) == [('mIoU', 41.25, None, None)]
+    # A remark on a figure that is not shown would be taken for one on the other.
+    (row,) = evaluate(job(tmp_path / 'w', LINEAR))
+    assert row.remark == 'the paper figure is not of this config'
 
 
 def test_only_figures_of_this_run_count(mim, tmp_path, monkeypatch):
@@ -751,11 +759,11 @@ def test_train_multi_gpu(tmp_path):
     ]
 
 
-def test_train_one_variant(tmp_path):
-    _, lines = run_script(
-        tmp_path, 'train_multi_gpu.sh', 'mmpose', '8', BACKBONE='clustr-s'
-    )
-    configs = [config for config in of_toolbox('mmpose') if 'clustr-s_' in config.stem]
+@pytest.mark.parametrize('name', ['clustr-s', 'clustr-s-linear'])
+def test_train_one_variant(tmp_path, name):
+    """Without a suffix it means every clustering: one checkpoint starts them all."""
+    _, lines = run_script(tmp_path, 'train_multi_gpu.sh', 'mmpose', '8', BACKBONE=name)
+    configs = [config for config in of_toolbox('mmpose') if name in config.stem]
     assert [line.split()[3] for line in lines] == list(map(str, configs)) != []
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from clustr_mm import ClusTR
 from clustr_mm.benchmark.backbones import find_backbone
-from clustr_mm.flops import count_flops, load_model, to_markdown
-from clustr_mm.ops import windows
+from clustr_mm.flops import CPU_ATTENTION, count_flops, load_model, to_markdown
+from clustr_mm.ops import DPCKNN
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = dict(tiny=2.15, small=4.8, base=7.48)
@@ -57,10 +58,41 @@ def test_attention_of_dual_vit():
 
 def test_windows_cost_less():
     whole = count_flops(ClusTR('tiny'), 512, 512)
-    windowed = count_flops(ClusTR('tiny', cluster_window=224), 512, 512)
+    clusterer = dict(type='DPCKNN', window=224)
+    windowed = count_flops(ClusTR('tiny', clusterer=clusterer), 512, 512)
     # 3 x 3 windows of stage 1 and 2 instead of one map.
     assert windowed.clustering < whole.clustering / 8
     assert windowed.layers == pytest.approx(whole.layers, rel=0.01)
+
+
+def test_linear_form():
+    # Without the variants' last stage, whose attention is full.
+    arch = dict(
+        embed_dims=[16, 32, 48],
+        num_heads=[1, 2, 3],
+        mlp_ratios=[1, 1, 1],
+        depths=[2, 1, 1],
+        sr_ratios=[8, 4, 2],
+    )
+
+    def build(max_clusters):
+        clusterer = dict(type='KMeans', steps=2)
+        return ClusTR(arch, clusterer, max_clusters, out_indices=(0, 1, 2)).eval()
+
+    linear = build(49)
+    flops = count_flops(linear, 512, 512)
+    blocks = [(128**2, 16), (128**2, 16), (64**2, 32), (32**2, 48)]
+    m1, m2 = 49, 196
+    assert flops.clustering == sum(2 * (n * m2 + m2 * m1) * c for n, c in blocks)
+    # And the search itself, which is not run for the count, takes as many.
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        linear(torch.zeros(1, 3, 512, 512))
+    assert counter.get_total_flops() == 2 * flops.total
+
+    assert count_flops(linear, 1024, 1024).attention == 4 * flops.attention
+    # The limit does it: k-means alone leaves the growth quadratic.
+    small, large = (count_flops(build(None), side, side) for side in (512, 1024))
+    assert large.attention == 16 * small.attention
 
 
 @pytest.mark.parametrize(
@@ -103,7 +135,8 @@ def test_the_model_is_left_as_it_was():
     count_flops(model, 64, 64)
     assert model.training
     assert all(p.device.type == 'cpu' for p in model.parameters())
-    assert windows.dpc_knn.__module__ == 'clustr_mm.ops.dpc_knn'
+    # Those of the copy give out clusters without a search.
+    assert type(model.stages[0].blocks[0].attn.clusterer) is DPCKNN
 
 
 @pytest.mark.parametrize(

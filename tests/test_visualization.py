@@ -58,11 +58,11 @@ def test_labels_are_those_of_the_attention(backbone, images, monkeypatch, block,
     labels = compute_clusters(backbone, images, 1, block, scale)
     attention = backbone.stages[1].blocks[block].attn
     # What the attention itself used comes first, the recording second.
-    (expected, _), _ = [result for module, result in used if module is attention]
-    assert torch.equal(labels.flatten(1), expected[scale])
+    expected, _ = [result for module, result in used if module is attention]
+    assert torch.equal(labels.flatten(1), expected.labels[scale])
     assert not any(
-        torch.equal(labels.flatten(1), other[scale])
-        for module, (other, _) in used
+        torch.equal(labels.flatten(1), other.labels[scale])
+        for module, other in used
         if module is not attention
     )
 

@@ -116,7 +116,7 @@ def run_attention(backbone, images, stage, block=-1):
 @pytest.mark.parametrize('window', [None, 24])
 @pytest.mark.parametrize('stage', [0, 1, 2])
 def test_map_times_values_is_the_attention(stage, window):
-    backbone = make_backbone(cluster_window=window)
+    backbone = make_backbone(clusterer=dict(type='DPCKNN', window=window))
     module, tokens, hw, output = run_attention(backbone, make_images(2), stage)
     for query in (0, tokens.shape[1] // 2, tokens.shape[1] - 1):
         with torch.no_grad():
@@ -179,7 +179,7 @@ def test_a_point_outside(point):
 
 @pytest.mark.parametrize('window', [None, 24])
 def test_maps(window, images):
-    backbone = make_backbone(cluster_window=window)
+    backbone = make_backbone(clusterer=dict(type='DPCKNN', window=window))
     point = (61.5, 30.5)
     maps = compute_maps(backbone, images, point=point)
     places = [(m.stage, m.block, m.scale, m.stride) for m in maps]
@@ -212,10 +212,11 @@ def test_maps(window, images):
 
 @pytest.mark.parametrize(('stage', 'window'), [(1, None), (0, 24), (1, 24)])
 def test_centres_are_those_of_the_definition(stage, window, images):
-    backbone = make_backbone(cluster_window=window)
+    backbone = make_backbone(clusterer=dict(type='DPCKNN', window=window))
     module, tokens, (h, w), _ = run_attention(backbone, images, stage)
     maps = compute_maps(backbone, images, [stage])
-    side = module.window or 1000
+    side = window and window // module.clusterer.stride or 1000
+    counts = module.cluster_counts(h * w)
     for found in maps:
         expected = torch.zeros(h, w, dtype=torch.bool)
         token_map = tokens.unflatten(1, (h, w))
@@ -223,7 +224,7 @@ def test_centres_are_those_of_the_definition(stage, window, images):
             for columns in np.array_split(np.arange(w), -(-w // side)):
                 part = token_map[0, rows][:, columns]
                 number = part.shape[0] * part.shape[1]
-                count = module.cluster_counts(number)[found.scale]
+                count = max(1, counts[found.scale] * number // (h * w))
                 (ranks,) = naive_dpc_knn(part.reshape(1, number, -1), [number])
                 centres = (ranks < count).view(part.shape[:2])
                 expected[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = centres
@@ -311,7 +312,7 @@ def test_backbone_of_a_config():
     path = ROOT / 'configs/mmdet/mask-rcnn_clustr-t-w224_fpn_1x_coco.py'
     backbone, pixels = load_backbone(path)
     assert backbone.arch_settings == ClusTR.arch_zoo['tiny']
-    assert backbone.cluster_window == 224
+    assert backbone.stages[0].blocks[0].attn.clusterer.window == 224
     assert pixels == Pixels() and not backbone.training
 
 
@@ -322,8 +323,8 @@ def test_backbone_of_other_configs(tmp_path):
         'init_cfg=dict(type="Pretrained", checkpoint="none.pth")))],'
         'data_preprocessor=dict(mean=[1, 2, 3], std=[4, 5, 6]))'
     )
-    backbone, pixels = load_backbone(path, cluster_window=48)
-    assert backbone.stages[0].blocks[0].attn.window == 12
+    backbone, pixels = load_backbone(path, clusterer=dict(type='DPCKNN', window=48))
+    assert backbone.stages[0].blocks[0].attn.clusterer.window == 48
     assert pixels == Pixels((1, 2, 3), (4, 5, 6), rgb=False)
     path.write_text(f'model = dict(type="ClusTR", arch={ARCH})')
     assert load_backbone(str(path))[0].arch_settings == ARCH

@@ -36,7 +36,7 @@ from clustr_mm.benchmark import (
     presets,
     run,
 )
-from clustr_mm.benchmark.cases import OPERATORS, SWEEP_WINDOWS
+from clustr_mm.benchmark.cases import OPERATORS, SWEEP
 from clustr_mm.benchmark.memory import GIB, Limits, available_memory
 from clustr_mm.benchmark.runner import count_steps
 
@@ -146,7 +146,7 @@ def make_groups(args: argparse.Namespace) -> list[list]:
         groups.append([OperatorCase(name=name, **shared) for name in OPERATORS])
     for size in map(parse_size, args.sweep):
         shared = dict(batch=batch, size=size, device=device)
-        groups.append([SweepCase(name=name, **shared) for name in SWEEP_WINDOWS])
+        groups.append([SweepCase(name=name, **shared) for name in SWEEP])
     backbones = [find_backbone(name) for name in args.backbones]
     amp = None if args.amp == 'off' else args.amp
     for mode in ('forward', 'train') if args.mode == 'both' else (args.mode,):
@@ -197,7 +197,7 @@ def find_baselines(args: argparse.Namespace) -> dict[str, str]:
     return dict(
         backbones=baseline,
         operator=next(iter(OPERATORS)),
-        sweep=next(iter(SWEEP_WINDOWS)),
+        sweep=next(iter(SWEEP)),
     )
 
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -43,6 +43,9 @@ from clustr_mm.visualization.sheet import ALARM, TITLE
 from clustr_mm.writing import write_whole
 
 BLOCKS = {'first': 0, 'last': -1}
+
+#: What finds clusters, by the names of the command line.
+CLUSTERERS = {'dpc-knn': 'DPCKNN', 'kmeans': 'KMeans', 'grid': 'GridCells'}
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,10 +73,21 @@ def make_parser() -> Parser:
     add('--checkpoint', type=Path, help='without it weights are random')
     add('--arch', choices=list(ClusTR.arch_zoo), help='without --config; tiny')
     add(
+        '--clusterer',
+        choices=list(CLUSTERERS),
+        help="what finds the clusters, by default the config's",
+    )
+    add(
         '--cluster-window',
         type=int,
         metavar='PIXELS',
-        help='cluster in windows of this side, whatever the config says',
+        help='cluster by dpc-knn in windows of this side, whatever the config says',
+    )
+    add(
+        '--max-clusters',
+        type=int,
+        metavar='NUMBER',
+        help="most coarse clusters of a stage, by default the config's",
     )
     add(
         '--size',
@@ -114,11 +128,16 @@ def make_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be."""
-    for name, least in [('cluster_window', 1), ('size', 1), ('panel', 32)]:
+    for name, least in [
+        *(('cluster_window', 1), ('max_clusters', 1)),
+        *(('size', 1), ('panel', 32)),
+    ]:
         value = getattr(args, name)
         if value is not None and value < least:
             option = name.replace('_', '-')
             raise ValueError(f'--{option} must be at least {least}, got {value}')
+    if args.cluster_window and args.clusterer not in (None, 'dpc-knn'):
+        raise ValueError(f'--cluster-window goes without --clusterer {args.clusterer}')
     if args.config is not None and args.arch is not None:
         raise ValueError('--arch goes without --config, which says it')
     if args.block not in BLOCKS and not re.fullmatch(r'\d{1,4}', args.block):
@@ -243,11 +262,27 @@ def visualize(
     return file.getvalue()
 
 
+def find_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ClusTR that differ from the config's."""
+    changes: dict[str, Any] = {}
+    if args.clusterer:
+        changes['clusterer'] = dict(type=CLUSTERERS[args.clusterer])
+    if args.cluster_window:
+        changes['clusterer'] = dict(type='DPCKNN', window=args.cluster_window)
+    if args.max_clusters:
+        changes['max_clusters'] = args.max_clusters
+    return changes
+
+
 def describe(args: argparse.Namespace) -> list[Line]:
     """Say in the picture which network this is."""
     name = args.config.stem if args.config else f'ClusTR-{args.arch or "tiny"}'
+    if args.clusterer:
+        name += f', {args.clusterer}'
     if args.cluster_window:
         name += f', windows of {args.cluster_window} pixels'
+    if args.max_clusters:
+        name += f', at most {args.max_clusters} coarse clusters'
     if args.checkpoint:
         return [Line(f'{name}, weights of {args.checkpoint.name}')]
     return [
@@ -272,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         targets = find_targets(args.images, args.out, kind)
         backbone, pixels = load_backbone(
-            args.config, args.checkpoint, args.arch or 'tiny', args.cluster_window
+            args.config, args.checkpoint, args.arch or 'tiny', **find_changes(args)
         )
         backbone.to(args.device)
         find_stages(backbone, args.block)

@@ -4,7 +4,7 @@ from .backbones import Backbone, find_backbone, presets
 from .cases import BackboneCase, OperatorCase, SweepCase
 from .report import Report
 from .runner import Row, Settings, add_ratios, run
-from .textbook import textbook_dpc_knn, use_textbook
+from .textbook import TextbookDPCKNN, textbook_dpc_knn
 
 __all__ = [
     'presets',
@@ -15,9 +15,9 @@ __all__ = [
     'Row',
     'Settings',
     'SweepCase',
+    'TextbookDPCKNN',
     'add_ratios',
     'find_backbone',
     'run',
     'textbook_dpc_knn',
-    'use_textbook',
 ]

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models import PyramidBackbone
 from ..reading import read_config
+from .textbook import TextbookDPCKNN
 
 #: Stock peers of about the size of ClusTR-small, by their toolbox.
 PEERS = {
@@ -44,10 +45,17 @@ PEERS = {
     ),
 }
 
+#: Other clusterings of ClusTR, by the suffix that asks for them.
+WAYS = {
+    '-textbook': dict(clusterer=dict(type=TextbookDPCKNN)),
+    '-linear': dict(clusterer=dict(type='KMeans'), max_clusters=49),
+    '-grid': dict(clusterer=dict(type='GridCells')),
+}
+
 #: Our own backbones: <type>-<arch>, and what only some of them know.
 OURS = re.compile(
     r'(?P<type>[a-z]+)-(?P<arch>[a-z0-9]+)'
-    r'(-w(?P<window>[1-9]\d*))?(?P<textbook>-textbook)?'
+    r'(-w(?P<window>[1-9]\d*))?(?P<way>-textbook|-linear|-grid)?'
 )
 
 
@@ -66,7 +74,8 @@ def presets() -> tuple[str, ...]:
             if len(arch) < len(sizes[id(size)]):
                 sizes[id(size)] = arch
         ours += [f'{name}-{arch}' for arch in sizes.values()]
-    return (*ours, 'clustr-s-w224', 'clustr-s-textbook', *PEERS)
+    ways = [f'clustr-s{way}' for way in ('-w224', *WAYS)]
+    return (*ours, *ways, *PEERS)
 
 
 @dataclass(frozen=True)
@@ -77,14 +86,12 @@ class Backbone:
         name (str): What tables call it.
         cfg (dict): Config of the module.
         scope (str, optional): Toolbox whose registry knows it.
-        textbook (bool): Whether clustering is :func:`textbook_dpc_knn`.
         imports (tuple[str]): Modules that register it.
     """
 
     name: str
     cfg: dict
     scope: str | None = None
-    textbook: bool = False
     imports: tuple[str, ...] = ()
 
     def load(self) -> None:
@@ -107,8 +114,9 @@ def find_backbone(name: str) -> Backbone:
 
     Args:
         name (str): One of :func:`presets`, where ClusTR takes the suffixes
-            ``-w<pixels>`` (clustering in windows) and ``-textbook``; or the
-            path of a config whose ``model``, or the ``backbone`` in it, is
+            ``-w<pixels>`` (clustering in windows), ``-textbook``, ``-linear``
+            (k-means, 49 coarse clusters at most) and ``-grid``; or the path of a
+            config whose ``model``, or the ``backbone`` in it, is
             a registered backbone.
 
     Returns:
@@ -124,9 +132,11 @@ def find_backbone(name: str) -> Backbone:
     cls = preset and our_types().get(preset['type'])
     if cls and preset['arch'] in cls.arch_zoo:
         cfg = dict(type=cls.__name__, arch=preset['arch'])
+        cfg.update(WAYS.get(preset['way'], {}))
         if preset['window']:
-            cfg['cluster_window'] = int(preset['window'])
-        return Backbone(name, cfg, textbook=bool(preset['textbook']))
+            clusterer = cfg.get('clusterer', dict(type='DPCKNN'))
+            cfg['clusterer'] = dict(clusterer, window=int(preset['window']))
+        return Backbone(name, cfg)
     if Path(name).is_file():
         return _of_config(Path(name))
     raise ValueError(

@@ -1,7 +1,6 @@
 """What is measured: one case is one call, ready to be repeated."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,17 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import dpc_knn, window_dpc_knn
+from ..ops import DPCKNN, KMeans, dpc_knn
 from .backbones import Backbone
-from .textbook import textbook_dpc_knn, use_textbook
+from .textbook import textbook_dpc_knn
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 #: Implementations that ``OperatorCase`` compares, the baseline first.
 OPERATORS = {'textbook': textbook_dpc_knn, 'dpc_knn': dpc_knn}
 
-#: Tokens per side of a window for ``SweepCase``: none, and 224 pixels.
-SWEEP_WINDOWS = {'whole map': None, 'windows of 224 px': 56}
+#: Clusterings that ``SweepCase`` compares, and the most coarse clusters of each.
+SWEEP = {
+    'whole map': (dict(k=5), None),
+    'windows of 224 px': (dict(k=5, window=224), None),
+    'k-means, 49': (dict(), 49),
+}
 
 #: Stride and channels of stage 1, where clustering costs most.
 STRIDE, CHANNELS = 4, 64
@@ -103,16 +106,15 @@ class BackboneCase(Case):
         images = smooth_noise(self.batch, 3, *self.size).to(self.device)
 
         def run() -> None:
-            with use_textbook() if self.backbone.textbook else nullcontext():
-                if self.mode == 'train':
-                    with self._autocast():
-                        outs = _tensors(model(images))
-                        loss = sum(out.float().mean() for out in outs)
-                    loss.backward()
-                    model.zero_grad(set_to_none=True)
-                else:
-                    with torch.no_grad(), self._autocast():
-                        _tensors(model(images))
+            if self.mode == 'train':
+                with self._autocast():
+                    outs = _tensors(model(images))
+                    loss = sum(out.float().mean() for out in outs)
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+            else:
+                with torch.no_grad(), self._autocast():
+                    _tensors(model(images))
 
         return Prepared(run, model)
 
@@ -163,10 +165,10 @@ class OperatorCase(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCase(Case):
-    """Clustering in stage 1 of images of one size, in windows or not.
+    """Clustering in stage 1 of images of one size, at least 224 x 224.
 
     Attributes:
-        name (str): Key of ``SWEEP_WINDOWS``.
+        name (str): Key of ``SWEEP``.
         size (tuple[int, int]): Height and width of the image in pixels.
     """
 
@@ -182,10 +184,11 @@ class SweepCase(Case):
         """Make the tokens."""
         height, width = (-(-side // STRIDE) for side in self.size)
         tokens = _tokens(self.batch, CHANNELS, height, width).to(self.device)
-        window = SWEEP_WINDOWS[self.name]
-        return Prepared(
-            lambda: window_dpc_knn(tokens, (height, width), window, stage_counts)
-        )
+        kwargs, most = SWEEP[self.name]
+        clusterer = (KMeans if most else DPCKNN)(**kwargs)
+        clusterer.stride = STRIDE
+        counts = (most, 4 * most) if most else stage_counts(height * width)
+        return Prepared(lambda: clusterer(tokens, (height, width), counts))
 
 
 def stage_counts(num_tokens: int) -> tuple[int, int]:

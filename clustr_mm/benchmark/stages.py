@@ -121,8 +121,10 @@ def _watch(model: ClusTR, timers: Timers) -> Iterator[None]:
             _watch_module(stage, (number, 'stage'), timers, stack)
             for block in stage.blocks:
                 _watch_module(block.attn, (number, 'attention'), timers, stack)
-                if isinstance(block.attn, ClusteredAttention):
-                    _watch_clustering(block.attn, (number, 'clustering'), timers, stack)
+            # The blocks of a stage share one.
+            if isinstance(block.attn, ClusteredAttention):
+                key = (number, 'clustering')
+                _watch_module(block.attn.clusterer, key, timers, stack)
         yield
 
 
@@ -139,18 +141,3 @@ def _watch_module(
 
     stack.callback(module.register_forward_pre_hook(before).remove)
     stack.callback(module.register_forward_hook(after).remove)
-
-
-def _watch_clustering(
-    attn: ClusteredAttention, key: tuple[int, str], timers: Timers, stack: ExitStack
-) -> None:
-    cluster = attn.cluster
-
-    def timed(*args: Any) -> Any:
-        start = timers.mark()
-        result = cluster(*args)
-        timers.span(key, start)
-        return result
-
-    attn.cluster = timed
-    stack.callback(delattr, attn, 'cluster')

@@ -4,13 +4,12 @@ What someone would write who takes the definition to PyTorch line by line: the
 yardstick of the speed of :func:`clustr_mm.ops.dpc_knn`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..ops import windows
+from ..ops import DPCKNN
 
 
 def textbook_dpc_knn(
@@ -23,7 +22,7 @@ def textbook_dpc_knn(
     token index, but they are ties of rounded numbers: distances are square
     roots in the dtype of the tokens, and densities are not logarithms. Where
     exact values tie, or nearly so, labels may differ from those of ``dpc_knn``,
-    which settles them in float64. They agree for tokens whose distances have
+    whose distances are exact. They agree for tokens whose distances have
     exact roots, and for scattered float64 tokens if ``k`` is above 2 (mutual
     nearest neighbours have equal densities if it is not).
 
@@ -68,12 +67,9 @@ def _join(distance: Tensor, centres: Tensor) -> Tensor:
     return labels.scatter(1, centres, own.expand(batch, -1))
 
 
-@contextmanager
-def use_textbook() -> Iterator[None]:
-    """Let every ClusTR model cluster by :func:`textbook_dpc_knn` meanwhile."""
-    fast = windows.dpc_knn
-    windows.dpc_knn = textbook_dpc_knn
-    try:
-        yield
-    finally:
-        windows.dpc_knn = fast
+class TextbookDPCKNN(DPCKNN):
+    """:class:`clustr_mm.ops.DPCKNN` by :func:`textbook_dpc_knn`."""
+
+    def find(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+        """Labels (B, N) of tokens (B, N, C) for every count."""
+        return textbook_dpc_knn(tokens, counts, self.k)

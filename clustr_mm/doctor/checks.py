@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..compat import mmcv_ops_are_stand_in
 from ..compat.safe_load import HAS_ALLOW_LIST
 from ..ops import dpc_knn
-from ..ops.nearest import has_kernel
+from ..ops.backend import find_kernel, why_no_kernel
 from .records import FAIL, OK, WARN, Check, guarded
 from .versions import check_python, check_versions, find_distributions, is_installed
 
@@ -213,19 +213,20 @@ def check_start_up() -> Check:
 
 def check_clustering() -> Check:
     """What the clustering runs on, and whether it gives the same there."""
-    tokens = torch.randn(1, 300, 16, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(1, 1500, 16, generator=torch.Generator().manual_seed(0))
     labels = dpc_knn(tokens, [4, 16])
     if not torch.cuda.is_available():
         return Check('clustering', OK, 'plain PyTorch on the CPU')
     on_gpu = tokens.cuda()
-    kernel = has_kernel(on_gpu)
     agree = all(
         torch.equal(a, b.cpu()) for a, b in zip(labels, dpc_knn(on_gpu, [4, 16]))
     )
+    kernel = find_kernel(on_gpu)
     text = f'{"Triton" if kernel else "plain PyTorch"} on the GPU'
     check = expect('clustering', text, agree, True)
     if check.status == OK and not kernel:
-        check.status, check.hint = WARN, 'faster with Triton: pip install triton'
+        reason = why_no_kernel(on_gpu.device) or 'the search backend is torch'
+        check.status, check.hint = WARN, f'faster by the Triton kernel, but {reason}'
     return check
 
 

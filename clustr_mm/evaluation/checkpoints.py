@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
+from ..models import PyramidBackbone
 from ..reading import read_checkpoint, shorten
 
 #: Settings of a model that change nothing about what a checkpoint fits.
@@ -192,6 +193,9 @@ def check_fit(config: Config, weights: Mapping[str, Tensor]) -> None:
         with torch.device('meta'), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that nothing is copied
             model = MODELS.build(config.model)
+            for module in model.modules():
+                if isinstance(module, PyramidBackbone):
+                    module.requires_all = True
             keys = model.load_state_dict(dict(weights), strict=False)
     except Exception as error:
         raise ValueError(shorten(error)) from error

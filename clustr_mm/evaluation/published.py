@@ -10,6 +10,10 @@ from fnmatch import fnmatchcase
 #: What a row is told where the source leaves open what the figure belongs to.
 VARIANT_UNKNOWN = 'the source does not say which variant the paper figure belongs to'
 
+#: And what a row is told whose config the figure cannot belong to: of another backbone,
+#: or of ClusTR with another clustering than the paper's (``-linear``).
+NOT_THIS_CONFIG = 'the paper figure is not of this config'
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -129,7 +133,7 @@ TASKS = (
     Task(
         'Semantic FPN, ADE20K',
         'mmseg/fpn_*_ade20k-512x512*',
-        (Metric('mIoU', 'mIoU', paper=48.0, paper_configs='mmseg/fpn_clustr-*'),),
+        (Metric('mIoU', 'mIoU', paper=48.0, paper_configs='mmseg/fpn_clustr-?_*'),),
         VARIANT_UNKNOWN,
         (
             Peer('PVTv2-B1', (42.5,), '18M parameters, 34 GFLOPs at 512 x 512'),
@@ -146,7 +150,7 @@ TASKS = (
     Task(
         'UPerNet, ADE20K',
         'mmseg/upernet_*_ade20k-512x512*',
-        (Metric('mIoU', 'mIoU', paper=49.6, paper_configs='mmseg/upernet_clustr-*'),),
+        (Metric('mIoU', 'mIoU', paper=49.6, paper_configs='mmseg/upernet_clustr-?_*'),),
         VARIANT_UNKNOWN,
         (
             Peer('Swin-T', (44.5,), '60M parameters, 945 GFLOPs at 512 x 2048'),
@@ -163,8 +167,8 @@ TASKS = (
         'Whole-body pose, COCO-WholeBody V1.0',
         'mmpose/td-hm_*_coco-wholebody-*',
         (
-            Metric('coco-wholebody/AP', 'whole AP', 100, paper=59.4),
-            Metric('coco-wholebody/AR', 'whole AR', 100, paper=69.7),
+            Metric('coco-wholebody/AP', 'whole AP', 100, 59.4, 'mmpose/*_clustr-?_*'),
+            Metric('coco-wholebody/AR', 'whole AR', 100, 69.7, 'mmpose/*_clustr-?_*'),
         ),
         'the source does not say which variant, head and input size the paper '
         'figure belongs to',

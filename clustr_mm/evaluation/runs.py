@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..reading import shorten
-from .published import Task, find_task
+from .published import NOT_THIS_CONFIG, Task, find_task
 
 LOG = 'test.log'
 
@@ -124,8 +124,10 @@ def evaluate(job: Job, options: Sequence[str] = ()) -> list[Row]:
     name = f'{job.toolbox}/{job.config.stem}'
     rows = []
     for metric, value in figures:
-        paper = metric.paper if fnmatchcase(name, metric.paper_configs) else None
-        figure = dict(metric=metric.name, paper=paper, remark=job.task.remark)
+        paper, remark = metric.paper, job.task.remark
+        if paper is not None and not fnmatchcase(name, metric.paper_configs):
+            paper, remark = None, NOT_THIS_CONFIG
+        figure = dict(metric=metric.name, paper=paper, remark=remark)
         if value is None:
             # COCO's -1, or NaN: nothing to find in this data.
             figure.update(error=f'{metric.key} is not defined on this data')

@@ -1,12 +1,10 @@
-"""Checkpoints of other origin: renaming on load, and no silent misses."""
+"""Checkpoints of other origin: their names, and no silent misses."""
 
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 Names = Sequence[tuple[str, str]]
 
@@ -20,72 +18,26 @@ BLOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.')
 CONTAINERS = ('state_dict', 'model')
 
 
-def accept_checkpoints(
-    backbone: nn.Module, names: Names, optional: Sequence[str] = ()
-) -> None:
-    """Make a backbone load checkpoints of several origins, or fail aloud.
-
-    On every ``load_state_dict`` (MMEngine's ``init_cfg``, ``load_from`` and
-    ``resume`` included) parameter names are translated, wrappings such as
-    ``module.``, ``backbone.``, ``{'model': ...}`` are seen through. A state
-    dict without all parameters of the backbone is an error, and so is one with
-    more blocks in a stage. Other keys that the backbone does not know are left
-    to the caller's ``strict``.
+def rename(key: str, names: Names) -> str:
+    """A backbone's own name of a key of a state dict.
 
     Args:
-        backbone (nn.Module): The module.
-        names (Sequence[tuple[str, str]]): Foreign names as (regular
-            expression, replacement); if the expression has a group, it is a
-            number from 1, and ``{}`` in the replacement is that less one.
-        optional (Sequence[str]): What the names of parameters begin with that
-            a state dict may lack, if it lacks all of them; they stay as they
-            were. Defaults to none.
-    """
-    backbone._foreign_names = tuple(names)
-    backbone._optional_names = tuple(optional)
-    # The public method of this name came with torch 2.5.
-    backbone._register_load_state_dict_pre_hook(_load_hook, with_module=True)
-
-
-def translate(
-    state_dict: Mapping[str, Any], known: Mapping[str, Any], names: Names
-) -> dict[str, tuple[str, Tensor]]:
-    """Find a backbone's parameters in a state dict.
-
-    Args:
-        state_dict (Mapping): Weights under foreign or own names.
-        known (Mapping): Has the backbone's own names as keys.
-        names (Sequence[tuple[str, str]]): See :func:`accept_checkpoints`.
+        key (str): A name of this package's or a foreign one, perhaps with a prefix such
+            as ``module.`` or ``backbone.``.
+        names (Sequence[tuple[str, str]]): Foreign names as (regular expression,
+            replacement); if the expression has a group, it is a number from 1, and
+            ``{}`` in the replacement is that less one.
 
     Returns:
-        dict[str, tuple[str, Tensor]]: For each own name that was found, the
-        name in ``state_dict`` and its value.
+        str: The name.
     """
-    found = {}
-    for key, value in state_dict.items():
-        name = rename(key, names)
-        if name in known and isinstance(value, Tensor):
-            found[name] = (key, value)
-    return found
-
-
-def rename(key: str, names: Names) -> str:
-    """A backbone's own name of a key of a state dict."""
     name = WRAPPERS.sub('', key)
     for pattern, replacement in names:
-        name = re.sub(pattern, partial(_replace, replacement), name)
+        match = re.search(pattern, name)
+        if match:
+            number = int(match.group(1)) - 1 if match.re.groups else None
+            name = name.replace(match.group(), replacement.format(number), 1)
     return name
-
-
-def _part(name: str, length: int) -> str:
-    """The first components of a dotted name."""
-    return '.'.join(name.split('.')[:length])
-
-
-def _replace(replacement: str, match: 're.Match[str]') -> str:
-    if match.re.groups:
-        return replacement.format(int(match.group(1)) - 1)
-    return replacement
 
 
 def unwrap(state_dict: MutableMapping[str, Any]) -> None:
@@ -97,98 +49,117 @@ def unwrap(state_dict: MutableMapping[str, Any]) -> None:
             unwrap(state_dict)
 
 
-def _load_hook(
+def find_parameters(
+    state_dict: Mapping[str, Any], names: Names, known: Any
+) -> dict[str, str]:
+    """Find a backbone's parameters in a state dict.
+
+    Args:
+        state_dict (Mapping): Weights under foreign or own names.
+        names (Sequence[tuple[str, str]]): See :func:`rename`.
+        known (Container[str]): The backbone's own names.
+
+    Returns:
+        dict[str, str]: For each own name that is there, the key.
+
+    Raises:
+        RuntimeError: If two keys mean the same parameter.
+    """
+    found: dict[str, str] = {}
+    for key, value in state_dict.items():
+        name = rename(key, names)
+        if name not in known or not isinstance(value, Tensor):
+            continue
+        if name in found:
+            raise RuntimeError(f'{found[name]} and {key} are both {name}')
+        found[name] = key
+    return found
+
+
+def translate_names(
     module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Rename a state dict to the backbone's names, in place, and check it."""
+    """Rename a state dict to the names of a backbone; its ``load_state_dict`` pre-hook.
+
+    Args:
+        module (PyramidBackbone): Has ``public_names``, and ``requires_all`` if what is
+            missing is an error instead of the caller's business.
+        state_dict (MutableMapping): Changed in place.
+        prefix (str): What the names of the backbone begin with.
+
+    Raises:
+        RuntimeError: If two keys mean the same parameter, or parameters are missing
+            that must be there.
+    """
     if not prefix:
         unwrap(state_dict)
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     mine = {
         key[len(prefix) :]: value
         for key, value in state_dict.items()
         if key.startswith(prefix)
     }
-    found = translate(mine, own, module._foreign_names)
+    found = find_parameters(mine, module.public_names, module.state_dict())
+    if module.requires_all:
+        check_complete(module, mine, found)
+    for key in found.values():
+        del state_dict[prefix + key]
+    for name, key in found.items():
+        state_dict[prefix + name] = mine[key]
+
+
+def check_complete(
+    module: nn.Module, state_dict: Mapping[str, Any], found: Mapping[str, str]
+) -> None:
+    """Refuse weights that do not fit a backbone.
+
+    Args:
+        module (PyramidBackbone): The backbone. What its ``optional_names`` begin may be
+            missing, all or nothing.
+        state_dict (Mapping): The weights.
+        found (Mapping): Keys by own names, see :func:`find_parameters`.
+
+    Raises:
+        RuntimeError: If parameters are missing, have another shape, or stages have more
+            blocks than the backbone.
+    """
+    own = module.state_dict()
     missing = [name for name in own if name not in found]
-    kept = [name for name in own if name.startswith(module._optional_names)]
-    if missing == kept:
+    if missing == [name for name in own if name.startswith(module.optional_names)]:
         missing = []
-    else:
-        kept = []
     differing = [
-        f'{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}'
-        for name, (_, value) in found.items()
-        if value.shape != own[name].shape
+        f'{name} {tuple(state_dict[key].shape)} instead of {tuple(own[name].shape)}'
+        for name, key in found.items()
+        if state_dict[key].shape != own[name].shape
     ]
     # A smaller variant finds all of its parameters in a larger one. Stages that this
     # backbone does not have are another matter: ``out_indices`` leaves them out.
-    stages = {_part(name, 2) for name in own}
-    blocks = {_part(name, 4) for name in own}
+    stages = {_first_parts(name, 2) for name in own}
+    blocks = {_first_parts(name, 4) for name in own}
     surplus = [
         name
-        for name in (rename(key, module._foreign_names) for key in mine)
+        for name in (rename(key, module.public_names) for key in state_dict)
         if BLOCK.match(name)
-        and _part(name, 2) in stages
-        and _part(name, 4) not in blocks
+        and _first_parts(name, 2) in stages
+        and _first_parts(name, 4) not in blocks
     ]
-    if missing or differing or surplus:
-        matched = len(own) - len(missing) - len(differing)
-        message = (
-            f'the checkpoint does not fit this {type(module).__name__}: '
-            f'{matched} of {len(own)} parameters match'
-        )
-        for what, which in [
-            ('missing', missing),
-            ('of other shape', differing),
-            ('of more blocks', surplus),
-        ]:
-            if which:
-                more = f', and {len(which) - 3} more' if len(which) > 3 else ''
-                message += f'; {what}: {", ".join(which[:3])}{more}'
-        raise RuntimeError(message)
-    for key, _ in found.values():
-        del state_dict[prefix + key]
-    for name, (_, value) in found.items():
-        state_dict[prefix + name] = value
-    for name in kept:
-        state_dict[prefix + name] = own[name].detach()
-
-
-def _parent_hook(
-    parent: nn.Module,
-    state_dict: MutableMapping[str, Any],
-    prefix: str,
-    *_: Any,
-    child: str,
-) -> None:
-    """Give a backbone inside ``parent`` the weights that lack its prefix."""
-    backbone = getattr(parent, child, None)
-    if not hasattr(backbone, '_foreign_names'):
+    if not (missing or differing or surplus):
         return
-    if not prefix:
-        unwrap(state_dict)
-    inside = f'{prefix}{child}.'
-    if any(key.startswith(inside) for key in state_dict):
-        return
-    own = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-    for name, (key, value) in translate(
-        state_dict, own, backbone._foreign_names
-    ).items():
-        del state_dict[key]
-        state_dict[inside + name] = value
+    matched = len(own) - len(missing) - len(differing)
+    message = (
+        f'the checkpoint does not fit this {type(module).__name__}: '
+        f'{matched} of {len(own)} parameters match'
+    )
+    for what, which in [
+        ('missing', missing),
+        ('of other shape', differing),
+        ('of more blocks', surplus),
+    ]:
+        if which:
+            more = f', and {len(which) - 3} more' if len(which) > 3 else ''
+            message += f'; {what}: {", ".join(which[:3])}{more}'
+    raise RuntimeError(message)
 
 
-def _on_registration(parent: nn.Module, name: str, module: Any) -> None:
-    """Watch for backbones that become part of a model.
-
-    ``load_from`` hands a child only the keys under its own prefix, so weights
-    without one (a bare backbone or classifier) must be seen by the parent.
-    """
-    if hasattr(module, '_foreign_names'):
-        parent._register_load_state_dict_pre_hook(
-            partial(_parent_hook, child=name), with_module=True
-        )
-
-
-register_module_module_registration_hook(_on_registration)
+def _first_parts(name: str, number: int) -> str:
+    """The first components of a dotted name."""
+    return '.'.join(name.split('.')[:number])

@@ -1,12 +1,14 @@
 """ClusTR backbone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import merge_tokens, window_dpc_knn
+from ..ops import Clusters, merge_tokens
+from ..ops.dpc_knn import check_number
 from ..ops.merge import EPS
 from .layers import ConvFFN, FullAttention, attend
 from .pyramid import Block, PyramidBackbone, Stage
@@ -14,24 +16,28 @@ from .pyramid import Block, PyramidBackbone, Stage
 #: exp() of an importance above this is beyond use and near overflow.
 MAX_IMPORTANCE = 60.0
 
+#: Arguments of former versions, and where they are now.
+MOVED = dict(
+    num_neighbors="clusterer=dict(type='DPCKNN', k=...)",
+    cluster_window="clusterer=dict(type='DPCKNN', window=...)",
+)
+
 
 class ClusteredAttention(nn.Module):
     """Multi-head attention of all tokens to token clusters of two scales.
 
-    The tokens are clustered by content (:func:`clustr_mm.ops.dpc_knn`) into
-    ``M1 = N // sr_ratio**2`` and ``M2 = 4 * M1`` clusters; each cluster
-    becomes one token, its mean weighted by a learned importance. The queries
-    attend to each scale with a softmax of its own, and the results are added
-    (ClusTR, arXiv 2208.13138, multi-scale clustered self-attention).
+    The tokens are clustered into ``M1 = N // sr_ratio**2`` and ``M2 = 4 * M1``
+    clusters; each cluster becomes one token, its mean weighted by a learned
+    importance. The queries attend to each scale with a softmax of its own, and the
+    results are added (ClusTR, arXiv 2208.13138, multi-scale clustered
+    self-attention).
 
     Args:
         embed_dims (int): Channels C of the tokens.
         num_heads (int): Attention heads, a divisor of C.
         sr_ratio (int): Square root of the tokens per coarse cluster.
-        num_neighbors (int): k of the clustering.
-        window (int, optional): Side, in tokens, of the windows that are
-            clustered each by itself; None for one window of any size. All
-            queries attend to the clusters of all windows.
+        clusterer (Callable): Finds the clusters, see :mod:`clustr_mm.ops.clusterers`.
+        max_clusters (int, optional): Most coarse clusters M1. None for no limit.
         attn_drop_rate (float): Dropout of the attention weights.
         drop_rate (float): Dropout of the output.
     """
@@ -41,16 +47,16 @@ class ClusteredAttention(nn.Module):
         embed_dims: int,
         num_heads: int,
         sr_ratio: int,
-        num_neighbors: int,
-        window: int | None,
-        attn_drop_rate: float,
-        drop_rate: float,
+        clusterer: Callable,
+        max_clusters: int | None = None,
+        attn_drop_rate: float = 0.0,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
-        self.num_neighbors = num_neighbors
-        self.window = window
+        self.clusterer = clusterer
+        self.max_clusters = max_clusters
         self.attn_drop_rate = attn_drop_rate
         self.q = nn.Linear(embed_dims, embed_dims)
         self.importance = nn.Linear(embed_dims, 1)
@@ -59,36 +65,43 @@ class ClusteredAttention(nn.Module):
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
-    def cluster_counts(self, num_tokens: int) -> tuple[int, int]:
-        """Coarse and fine cluster count (M1, M2) for N tokens."""
-        coarse = max(1, num_tokens // self.sr_ratio**2)
-        return coarse, min(4 * coarse, num_tokens)
+    def forward(
+        self, x: Tensor, hw: tuple[int, int], clusters: Clusters | None = None
+    ) -> Tensor:
+        """Attend to clusters.
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Map tokens (B, h * w, C) to tokens of the same shape."""
-        q = self.q(x)
-        drop_rate = self.attn_drop_rate if self.training else 0.0
-        attended = [
-            attend(q, kv(merged), self.num_heads, drop_rate)
-            for kv, merged in zip((self.kv1, self.kv2), self.merge(x, hw))
-        ]
-        return self.drop(self.proj(attended[0] + attended[1]))
-
-    def cluster(
-        self, x: Tensor, hw: tuple[int, int]
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Cluster tokens (B, h * w, C) at both scales, the coarse one first.
+        Args:
+            x (Tensor): Tokens (B, h * w, C).
+            hw (tuple[int, int]): h and w.
+            clusters (Clusters, optional): The clusters if they are known already.
 
         Returns:
-            tuple[tuple[Tensor], tuple[int]]: Labels (B, h * w) int64 and the
-            number of clusters, for each scale.
+            Tensor: Of the shape of ``x``.
         """
-        return window_dpc_knn(
-            x, hw, self.window, self.cluster_counts, self.num_neighbors
-        )
+        if clusters is None:
+            clusters = self.cluster(x, hw)
+        q = self.q(x)
+        coarse, fine = self.merge(x, clusters)
+        drop_rate = self.attn_drop_rate if self.training else 0.0
+        attended = attend(q, self.kv1(coarse), self.num_heads, drop_rate)
+        attended = attended + attend(q, self.kv2(fine), self.num_heads, drop_rate)
+        return self.drop(self.proj(attended))
 
-    def merge(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
-        """Cluster and merge tokens (B, N, C) to (B, M1, C) and (B, M2, C)."""
+    def cluster(self, x: Tensor, hw: tuple[int, int]) -> Clusters:
+        """Cluster tokens (B, h * w, C) at both scales, the coarse one first."""
+        with torch.no_grad():
+            counts = self.cluster_counts(x.shape[1])
+            return Clusters(*self.clusterer(x, hw, counts))
+
+    def cluster_counts(self, num_tokens: int) -> tuple[int, int]:
+        """Coarse and fine cluster count (M1, M2) to ask for, of N tokens."""
+        coarse = max(1, num_tokens // self.sr_ratio**2)
+        if self.max_clusters is not None:
+            coarse = min(coarse, self.max_clusters)
+        return coarse, min(4 * coarse, num_tokens)
+
+    def merge(self, x: Tensor, clusters: Clusters) -> list[Tensor]:
+        """Merge tokens (B, N, C) to (B, M, C), for each scale."""
         # Not by a matrix product: one of a single column rounds differently from
         # row to row, so that equal tokens would get different weights.
         scores = (x * self.importance.weight[0]).sum(dim=-1, keepdim=True)
@@ -96,14 +109,26 @@ class ClusteredAttention(nn.Module):
         # In float32, or exp() of a score above 11 overflows in float16.
         weights = scores.float().clamp(max=MAX_IMPORTANCE).exp()
         merged = []
-        for labels, count in zip(*self.cluster(x, hw)):
+        for scale, (labels, count) in enumerate(zip(clusters.labels, clusters.counts)):
             if count == x.shape[1]:
                 # Each token is merged with itself alone, and attention does
                 # not care in which order.
                 merged.append((x * (weights / (weights + EPS))).to(x.dtype))
             else:
-                merged.append(merge_tokens(x, labels, count, weights))
+                means = clusters.means and clusters.means[scale]
+                merged.append(merge_tokens(x, labels, count, weights, means))
         return merged
+
+
+def arch_of(depths: list[int], third: int = 256) -> dict:
+    """The sizes of the paper, which differ in depths and the width of stage 3."""
+    return dict(
+        embed_dims=[64, 128, third, 512],
+        num_heads=[1, 2, third // 64, 8],
+        mlp_ratios=[8, 8, 4, 4],
+        depths=depths,
+        sr_ratios=[8, 4, 2, 1],
+    )
 
 
 @MODELS.register_module()
@@ -115,7 +140,8 @@ class ClusTR(PyramidBackbone):
 
     Takes images of any size from 1 x 1 pixel, in batches of any size, and
     returns maps at strides 4, 8, 16 and 32. The same input gives the same
-    output, apart from dropout and stochastic depth in training.
+    output, apart from dropout and stochastic depth in training. Parameters are
+    the same with every clusterer, so checkpoints load across.
 
     Args:
         arch (str | dict): 'tiny' ('t', 'b1'), 'small' ('s', 'b2') or 'base'
@@ -131,17 +157,21 @@ class ClusTR(PyramidBackbone):
               1 the attention is full.
 
             Defaults to 'tiny'.
-        num_neighbors (int): k of the density of the clustering. Defaults to 5.
-        cluster_window (int, optional): Side, in input pixels, of the windows
-            that are clustered each by itself, at least 1. None clusters the
-            whole image, as in the paper; 224, the size of pre-training, makes
-            large images much cheaper and leaves those up to 224 as they are.
-            Defaults to None.
-        **kwargs: Arguments of :class:`PyramidBackbone`: ``in_channels``,
-            ``drop_rate``, ``attn_drop_rate``, ``drop_path_rate``, ``out_indices``,
-            ``frozen_stages``, ``with_cp``, ``norm_cfg``, ``init_cfg``.
+        clusterer (dict, optional): Config of what finds the clusters, built for each
+            stage by MMEngine's ``MODELS``: ``dict(type='DPCKNN', k=5, window=None)``,
+            ``dict(type='KMeans', steps=2)``, ``dict(type='GridCells')``, or a class
+            of your own, see :mod:`clustr_mm.ops.clusterers`. Defaults to None, which
+            is ``dict(type='DPCKNN')``, as in the paper.
+        max_clusters (int, optional): Most coarse clusters of an image in a stage, at
+            least 1; there are up to four times as many fine ones. With 49, as many as
+            every stage has at 224 x 224, and k-means the cost is linear in the
+            pixels. Defaults to None, no limit, as in the paper.
+        in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+        frozen_stages, with_cp, norm_cfg, init_cfg: See :class:`PyramidBackbone`. With
+            ``with_cp`` the clusters are kept, and not found again.
 
     Raises:
+        TypeError: If there is no such argument.
         ValueError: If an argument, or the shape of an input, is not as stated.
 
     Examples:
@@ -154,36 +184,9 @@ class ClusTR(PyramidBackbone):
     """
 
     arch_zoo = {
-        **dict.fromkeys(
-            ['tiny', 't', 'b1'],
-            dict(
-                embed_dims=[64, 128, 256, 512],
-                num_heads=[1, 2, 4, 8],
-                mlp_ratios=[8, 8, 4, 4],
-                depths=[1, 2, 6, 1],
-                sr_ratios=[8, 4, 2, 1],
-            ),
-        ),
-        **dict.fromkeys(
-            ['small', 's', 'b2'],
-            dict(
-                embed_dims=[64, 128, 256, 512],
-                num_heads=[1, 2, 4, 8],
-                mlp_ratios=[8, 8, 4, 4],
-                depths=[3, 5, 13, 2],
-                sr_ratios=[8, 4, 2, 1],
-            ),
-        ),
-        **dict.fromkeys(
-            ['base', 'b', 'b3'],
-            dict(
-                embed_dims=[64, 128, 320, 512],
-                num_heads=[1, 2, 5, 8],
-                mlp_ratios=[8, 8, 4, 4],
-                depths=[3, 5, 18, 3],
-                sr_ratios=[8, 4, 2, 1],
-            ),
-        ),
+        **dict.fromkeys(['tiny', 't', 'b1'], arch_of([1, 2, 6, 1])),
+        **dict.fromkeys(['small', 's', 'b2'], arch_of([3, 5, 13, 2])),
+        **dict.fromkeys(['base', 'b', 'b3'], arch_of([3, 5, 18, 3], 320)),
     }
 
     #: Entries of an ``arch`` dict.
@@ -203,57 +206,104 @@ class ClusTR(PyramidBackbone):
     def __init__(
         self,
         arch: str | dict = 'tiny',
-        num_neighbors: int = 5,
-        cluster_window: int | None = None,
-        **kwargs: Any,
+        clusterer: dict | None = None,
+        max_clusters: int | None = None,
+        in_channels: int = 3,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list[dict] | None = None,
+        **unknown: Any,
     ) -> None:
-        super().__init__(arch, **kwargs)
-        if num_neighbors < 1:
-            raise ValueError(f'num_neighbors must be at least 1, got {num_neighbors}')
-        if cluster_window is not None and (
-            not isinstance(cluster_window, int) or cluster_window < 1
-        ):
-            raise ValueError(
-                'cluster_window must be None or a number of pixels from 1 up, got '
-                f'{cluster_window}'
+        for name in unknown:
+            hint = (
+                f'it is {MOVED[name]} now'
+                if name in MOVED
+                else 'in a config _delete_=True drops the keys of another backbone'
             )
-        self.num_neighbors = num_neighbors
-        self.cluster_window = cluster_window
-        self.build_stages()
+            raise TypeError(f'ClusTR: unexpected keyword argument {name!r}; {hint}')
+        check_number('max_clusters', max_clusters, optional=True)
+        super().__init__(
+            arch,
+            in_channels,
+            drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            out_indices,
+            frozen_stages,
+            with_cp,
+            norm_cfg,
+            init_cfg,
+            clusterer=clusterer or dict(type='DPCKNN'),
+            max_clusters=max_clusters,
+        )
 
-    def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> Stage:
+    def make_stage(
+        self,
+        index: int,
+        drop_path_rates: Sequence[float],
+        clusterer: dict,
+        max_clusters: int | None,
+    ) -> Stage:
         """Build stage ``index`` with as many blocks as there are rates."""
         embed_dims, num_heads, sr_ratio, mlp_ratio = self.arch_entries(
             index, 'embed_dims', 'num_heads', 'sr_ratios', 'mlp_ratios'
         )
-        # In tokens of this stage.
-        window = self.cluster_window and max(1, self.cluster_window // (4 * 2**index))
-
-        def make_attention() -> nn.Module:
+        find_clusters = build_clusterer(clusterer, 4 * 2**index, max_clusters)
+        blocks = []
+        for rate in drop_path_rates:
             if sr_ratio == 1:
-                return FullAttention(
+                attn = FullAttention(
                     embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
                 )
-            return ClusteredAttention(
-                embed_dims,
-                num_heads,
-                sr_ratio,
-                self.num_neighbors,
-                window,
-                self.attn_drop_rate,
-                self.drop_rate,
-            )
-
-        blocks = [
-            Block(
-                make_attention(),
-                ConvFFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
-                embed_dims,
-                rate,
-                self.norm_cfg,
-            )
-            for rate in drop_path_rates
-        ]
+            else:
+                attn = ClusteredAttention(
+                    embed_dims,
+                    num_heads,
+                    sr_ratio,
+                    find_clusters,
+                    max_clusters,
+                    self.attn_drop_rate,
+                    self.drop_rate,
+                )
+            ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate)
+            blocks.append(Block(attn, ffn, embed_dims, rate, self.norm_cfg))
         return Stage(
             self.make_patch_embed(index), blocks, self.make_norm(index), self.with_cp
         )
+
+
+def build_clusterer(cfg: dict, stride: int, max_clusters: int | None) -> Callable:
+    """Build the clusterer of a stage.
+
+    Args:
+        cfg (dict): Its config.
+        stride (int): Pixels between the tokens of the stage; a clusterer that has an
+            attribute of this name is told.
+        max_clusters (int, optional): See :class:`ClusTR`.
+
+    Returns:
+        Callable: The clusterer.
+
+    Raises:
+        ValueError: If the config is none, or its windows are at odds with
+            ``max_clusters``.
+    """
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise ValueError(
+            f"clusterer must be a dict with a 'type' like 'DPCKNN', got {cfg!r}"
+        )
+    clusterer = MODELS.build(cfg)
+    if max_clusters is not None and getattr(clusterer, 'window', None) is not None:
+        raise ValueError(
+            f'max_clusters={max_clusters} limits a whole map, and every window has '
+            "clusters of its own: take one of the two, or dict(type='KMeans'), which "
+            'is linear in the pixels without windows'
+        )
+    if hasattr(clusterer, 'stride'):
+        clusterer.stride = stride
+    return clusterer

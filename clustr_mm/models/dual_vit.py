@@ -1,7 +1,7 @@
 """Dual-ViT backbone."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mmengine.registry import MODELS
@@ -16,51 +16,33 @@ from .layers import (
     PatchEmbed,
     attend,
     build_norm,
+    to_map,
+    to_tokens,
 )
 from .pyramid import Block, PyramidBackbone, Stage, run_block
-
-#: Stages whose pixels and semantics attend to each other; later ones merge them.
-DUAL_STAGES = 2
 
 #: Learned queries per side of their grid, and pixels of the first stage per
 #: semantic token: an image of 224 pixels has as many tokens as queries.
 GRID = 8
 POOLING = 7
 
-#: What the scales of all branches start from.
-SCALE = 1e-6
-
 
 def make_scale(embed_dims: int) -> nn.Parameter:
     """Learned scale of a branch, one number per channel."""
-    return nn.Parameter(torch.full((embed_dims,), SCALE))
+    return nn.Parameter(torch.full((embed_dims,), 1e-6))
 
 
 class StemPatchEmbed(PatchEmbed):
-    """Patch embedding of stride 4: three convolutions, then a strided one.
-
-    Args:
-        in_channels (int): Channels of the image.
-        stem_width (int): Channels of the first three convolutions.
-        embed_dims (int): Channels of the tokens.
-        norm_cfg (dict): Norm of the tokens.
-    """
+    """Patch embedding of stride 4: three convolutions, then a strided one."""
 
     def __init__(
         self, in_channels: int, stem_width: int, embed_dims: int, norm_cfg: dict
     ) -> None:
         super().__init__(stem_width, embed_dims, 3, 2, norm_cfg)
         layers = []
-        for kernel_size, stride in [(7, 2), (3, 1), (3, 1)]:
+        for size, stride in [(7, 2), (3, 1), (3, 1)]:
             layers += [
-                nn.Conv2d(
-                    in_channels,
-                    stem_width,
-                    kernel_size,
-                    stride,
-                    kernel_size // 2,
-                    bias=False,
-                ),
+                nn.Conv2d(in_channels, stem_width, size, stride, size // 2, bias=False),
                 nn.BatchNorm2d(stem_width),
                 nn.ReLU(inplace=True),
             ]
@@ -80,11 +62,6 @@ class SemanticTokens(nn.Module):
     as many and attend to the pooled pixels with a single head. Both are added
     with channel-wise weights, a softmax over the two (Dual-ViT, arXiv
     2207.04976).
-
-    Args:
-        embed_dims (int): Channels C of the tokens.
-        attn_drop_rate (float): Dropout of the attention weights.
-        norm_cfg (dict): Norm of the queries and of the result.
     """
 
     def __init__(self, embed_dims: int, attn_drop_rate: float, norm_cfg: dict) -> None:
@@ -104,13 +81,13 @@ class SemanticTokens(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Map pixels (B, h * w, C) to semantics (B, M, C)."""
-        x = x.transpose(1, 2).unflatten(2, hw)
-        pooled = F.avg_pool2d(x, [min(POOLING, side) for side in hw], POOLING)
-        grid = self.queries.transpose(0, 1).view(1, -1, GRID, GRID)
+        squares = [min(POOLING, side) for side in hw]
+        pooled = F.avg_pool2d(to_map(x, hw), squares, POOLING)
+        queries = self.queries.transpose(0, 1).view(1, -1, GRID, GRID)
         queries = F.interpolate(
-            grid, pooled.shape[2:], mode='bicubic', align_corners=False
+            queries, pooled.shape[2:], mode='bicubic', align_corners=False
         )
-        pooled, queries = (y.flatten(2).transpose(1, 2) for y in (pooled, queries))
+        pooled, queries = to_tokens(pooled), to_tokens(queries)
         q = self.q(self.q_norm(queries)).expand_as(pooled)
         drop_rate = self.attn_drop_rate if self.training else 0.0
         attended = attend(q, self.kv(pooled), 1, drop_rate)
@@ -119,38 +96,11 @@ class SemanticTokens(nn.Module):
         return self.norm(first * attended + second * pooled)
 
 
-class SemanticEmbed(nn.Module):
-    """Linear layer and norm that bring semantics to the width of a stage.
-
-    Args:
-        in_channels (int): Channels of the stage before.
-        embed_dims (int): Channels of the result.
-        norm_cfg (dict): Norm of the result.
-    """
-
-    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict) -> None:
-        super().__init__()
-        self.proj = nn.Linear(in_channels, embed_dims)
-        self.norm = build_norm(norm_cfg, embed_dims)
-
-    def forward(self, semantics: Tensor) -> Tensor:
-        """Map (B, M, in_channels) to (B, M, embed_dims)."""
-        return self.norm(self.proj(semantics))
-
-
 class DualAttention(FullAttention):
     """Semantics attend to themselves and to the pixels, the pixels to them.
 
-    Its cost is the product of their numbers (Dual-ViT, arXiv 2207.04976).
-
-    Args:
-        embed_dims (int): Channels C of the tokens.
-        num_heads (int): Attention heads, a divisor of C.
-        attn_drop_rate (float): Dropout of the attention weights.
-        drop_rate (float): Dropout of the pixels' output and in the feed-forward
-            layer of the semantics.
-        drop_path_rate (float): Stochastic depth of the semantics' branches.
-        norm_cfg (dict): Norms of the semantics.
+    Its cost is the product of their numbers (Dual-ViT, arXiv 2207.04976). Norms and
+    stochastic depth are those of the semantics.
     """
 
     def __init__(
@@ -179,22 +129,15 @@ class DualAttention(FullAttention):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, semantics: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend in three steps.
+        """Map normalised pixels (B, N, C) and semantics (B, M, C).
 
-        Args:
-            x (Tensor): Normalised pixels (B, N, C).
-            semantics (Tensor): (B, M, C).
-
-        Returns:
-            tuple[Tensor, Tensor]: The branch to add to the pixels, (B, N, C),
-            and the new semantics, (B, M, C).
+        Returns the branch to add to the pixels, and the new semantics.
         """
         channels = x.shape[2]
         q, kv = self.semantic_qkv(self.semantic_norm1(semantics)).split(
             [channels, 2 * channels], dim=2
         )
-        branch = self.gamma1 * self.attend(q, kv)
-        semantics = semantics + self.drop_path(branch)
+        semantics = semantics + self.drop_path(self.gamma1 * self.attend(q, kv))
         q = self.semantic_q(self.semantic_norm2(semantics))
         branch = self.gamma2 * self.attend(q, self.semantic_kv(x))
         semantics = semantics + self.drop_path(branch)
@@ -205,14 +148,9 @@ class DualAttention(FullAttention):
 
 
 class DualBlock(Block):
-    """Dual attention, then a feed-forward layer of the pixels.
+    """:class:`DualAttention`, then a feed-forward layer of the pixels.
 
-    Args:
-        attn (DualAttention): The attention.
-        ffn (ConvFFN): The feed-forward layer.
-        embed_dims (int): Channels C of the tokens.
-        drop_path_rate (float): Stochastic depth of both branches.
-        norm_cfg (dict): Norm before each branch.
+    Arguments as of :class:`Block`; ``semantic_ffn`` is for :class:`MergeBlock`.
     """
 
     def __init__(
@@ -222,8 +160,10 @@ class DualBlock(Block):
         embed_dims: int,
         drop_path_rate: float,
         norm_cfg: dict,
+        semantic_ffn: nn.Module | None = None,
     ) -> None:
         super().__init__(attn, ffn, embed_dims, drop_path_rate, norm_cfg)
+        self.semantic_ffn = semantic_ffn
         self.gamma1 = make_scale(embed_dims)
         self.gamma2 = make_scale(embed_dims)
 
@@ -233,69 +173,36 @@ class DualBlock(Block):
         """Map pixels (B, h * w, C) and semantics (B, M, C) to the same shapes."""
         branch, semantics = self.attn(self.norm1(x), semantics)
         x = x + self.drop_path(self.gamma1 * branch)
-        branch = self.ffn(self.norm2(x), hw)
-        return x + self.drop_path(self.gamma2 * branch), semantics
+        return x + self.drop_path(self.gamma2 * self.ffn(self.norm2(x), hw)), semantics
 
 
 class MergeBlock(DualBlock):
-    """Full attention of pixels and semantics together, then a layer for each.
+    """:class:`FullAttention` of pixels and semantics together, then a layer for each.
 
-    Args:
-        attn (FullAttention): The attention.
-        ffn (ConvFFN): The pixels' feed-forward layer.
-        semantic_ffn (FFN, optional): The semantics'; None where nobody needs
-            them after the attention.
-        embed_dims (int): Channels C of the tokens.
-        drop_path_rate (float): Stochastic depth of both branches.
-        norm_cfg (dict): Norm before each branch.
+    The last block has no ``semantic_ffn`` and returns None for the semantics.
     """
-
-    def __init__(
-        self,
-        attn: nn.Module,
-        ffn: nn.Module,
-        semantic_ffn: nn.Module | None,
-        embed_dims: int,
-        drop_path_rate: float,
-        norm_cfg: dict,
-    ) -> None:
-        super().__init__(attn, ffn, embed_dims, drop_path_rate, norm_cfg)
-        self.semantic_ffn = semantic_ffn
 
     def forward(
         self, x: Tensor, semantics: Tensor, hw: tuple[int, int]
     ) -> tuple[Tensor, Tensor | None]:
-        """Map pixels (B, h * w, C) and semantics (B, M, C) to the same shapes.
-
-        The semantics of the last block are None.
-        """
+        """Map pixels (B, h * w, C) and semantics (B, M, C) to the same shapes."""
         sizes = [x.shape[1], semantics.shape[1]]
         tokens = torch.cat([x, semantics], dim=1)
-        branch = self.attn(self.norm1(tokens), hw)
-        tokens = tokens + self.drop_path(self.gamma1 * branch)
+        tokens = tokens + self.drop_path(self.gamma1 * self.attn(self.norm1(tokens)))
         if self.semantic_ffn is None:
-            tokens = tokens[:, : sizes[0]]
-            branch = self.ffn(self.norm2(tokens), hw)
-            return tokens + self.drop_path(self.gamma2 * branch), None
+            x = tokens[:, : sizes[0]]
+            return x + self.drop_path(self.gamma2 * self.ffn(self.norm2(x), hw)), None
         x, semantics = self.norm2(tokens).split(sizes, dim=1)
         branch = torch.cat([self.ffn(x, hw), self.semantic_ffn(semantics)], dim=1)
         tokens = tokens + self.drop_path(self.gamma2 * branch)
-        x, semantics = tokens.split(sizes, dim=1)
-        return x, semantics
+        return tokens.split(sizes, dim=1)
 
 
 class DualStage(Stage):
     """One level of the pyramid, of pixels and of semantics.
 
-    Args:
-        patch_embed (PatchEmbed): Makes pixels of the map before.
-        semantic_embed (nn.Module): :class:`SemanticTokens` in the first stage,
-            :class:`SemanticEmbed` in the others.
-        blocks (Sequence[DualBlock]): The blocks.
-        norm (nn.Module): Norm of the pixels.
-        semantic_norm (nn.Module, optional): Norm of the semantics; None in the
-            last stage, which hands on no semantics.
-        with_cp (bool): Whether to recompute the blocks in the backward pass.
+    ``semantic_embed`` makes semantics of the pixels in the first stage, of the
+    semantics before in the others. The last stage has no ``semantic_norm``.
     """
 
     def __init__(
@@ -314,15 +221,10 @@ class DualStage(Stage):
     def forward(
         self, state: Tensor | tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the map and the semantics.
+        """Map the image (B, C_in, H, W), or the state before, to the next state.
 
-        Args:
-            state (Tensor | tuple[Tensor, Tensor]): The image (B, C_in, H, W),
-                or what the stage before returned.
-
-        Returns:
-            tuple[Tensor, Tensor | None]: Map (B, C, h, w), contiguous, and
-            semantics (B, M, C), None in the last stage.
+        That is a map (B, C, h, w), channels last in memory, and semantics (B, M, C),
+        None in the last stage.
         """
         if isinstance(state, Tensor):
             x, hw = self.patch_embed(state)
@@ -332,7 +234,7 @@ class DualStage(Stage):
             semantics = self.semantic_embed(state[1])
         for block in self.blocks:
             x, semantics = run_block(block, self.with_cp, x, semantics, hw)
-        x = self.norm(x).transpose(1, 2).unflatten(2, hw).contiguous()
+        x = to_map(self.norm(x), hw)
         if self.semantic_norm is None:
             return x, None
         return x, self.semantic_norm(semantics)
@@ -346,37 +248,22 @@ class DualViT(PyramidBackbone):
     <https://arxiv.org/abs/2207.04976>`_. In the first two stages the pixels
     attend to semantic tokens only, which gather from all pixels: at strides 4
     and 8 that is 1/49 and 4/49 of what full attention costs there, twice. The
-    later stages run full attention on both together.
-
-    Takes images of any size from 1 x 1 pixel, in batches of any size, and
-    returns maps at strides 4, 8, 16 and 32. There is one semantic token per
-    28 x 28 pixels, and at least one per side. The stem has batch norms: one
+    later stages run full attention on both together. There is one semantic token
+    per 28 x 28 pixels, and at least one per side. The stem has batch norms: one
     image of at most 2 x 2 pixels cannot train it.
 
     Args:
-        arch (str | dict): 'small' ('s'), 'base' ('b') or 'large' ('l'), or a
-            dict of a number,
-
-            - **stem_width**: channels of the first three convolutions;
-
-            and of equally long sequences, one entry per stage:
-
-            - **embed_dims**: channels;
-            - **num_heads**: attention heads, divisors of ``embed_dims``;
-            - **mlp_ratios**: hidden channels of the pixels' feed-forward layers
-              over ``embed_dims``; in every second block of the third stage it
-              is one less, so above 1 there;
-            - **depths**: number of blocks.
-
-            Defaults to 'small'.
-        **kwargs: Arguments of :class:`PyramidBackbone`: ``in_channels``,
-            ``drop_rate``, ``attn_drop_rate``, ``drop_path_rate``, ``out_indices``,
-            ``frozen_stages``, ``with_cp``, ``norm_cfg``, ``init_cfg``. The ``eps``
-            of ``norm_cfg`` applies to the norms before the branches of the
+        arch (str | dict): 'small' ('s'), 'base' ('b') or 'large' ('l'), or a dict
+            of a number, ``stem_width``, the channels of the first three
+            convolutions, and of equally long sequences, one entry per stage:
+            ``embed_dims``, ``num_heads`` and ``depths`` as of :class:`ClusTR`, and
+            ``mlp_ratios``, that of the pixels' feed-forward layers; in every second
+            block of the third stage it is one less, so above 1 there. Defaults to
+            'small'.
+        in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+        frozen_stages, with_cp, norm_cfg, init_cfg: See :class:`PyramidBackbone`.
+            The ``eps`` of ``norm_cfg`` applies to the norms before the branches of the
             pixels and to those at the end of the stages, as in the public code.
-
-    Raises:
-        ValueError: If an argument, or the shape of an input, is not as stated.
 
     Examples:
         >>> import torch
@@ -420,12 +307,9 @@ class DualViT(PyramidBackbone):
         ),
     }
 
-    #: Entries of an ``arch`` dict, and those that are one number.
     arch_keys = ('stem_width', 'embed_dims', 'num_heads', 'mlp_ratios', 'depths')
     arch_numbers = ('stem_width',)
 
-    #: Parameter names of the authors' public code, as (pattern, replacement);
-    #: ``{}`` in a replacement is the stage's number less one.
     public_names = (
         (r'^q$', 'stages.0.semantic_embed.queries'),
         (r'^q_embed\.0\.', 'stages.0.semantic_embed.q_norm.'),
@@ -455,81 +339,91 @@ class DualViT(PyramidBackbone):
         (r'\.mlp\.', '.ffn.'),
     )
 
-    def __init__(self, arch: str | dict = 'small', **kwargs: Any) -> None:
-        super().__init__(arch, **kwargs)
-        ratios = self.arch_settings['mlp_ratios']
+    def __init__(
+        self,
+        arch: str | dict = 'small',
+        in_channels: int = 3,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            arch,
+            in_channels,
+            drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            out_indices,
+            frozen_stages,
+            with_cp,
+            norm_cfg,
+            init_cfg,
+        )
+
+    @classmethod
+    def check_arch(cls, arch: str | dict) -> dict:
+        """The ``arch`` dict; refuse what is none."""
+        settings = super().check_arch(arch)
+        ratios = settings['mlp_ratios']
         if len(ratios) > 2 and ratios[2] <= 1:
             raise ValueError(
                 f'arch mlp_ratios must be above 1 in the third stage, got {ratios}'
             )
-        self.build_stages()
+        return settings
 
     def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> DualStage:
         """Build stage ``index`` with as many blocks as there are rates."""
-        embed_dims = self.arch_settings['embed_dims']
-        last = index == self.out_indices[-1]
+        embed_dims, num_heads, mlp_ratio = self.arch_entries(
+            index, 'embed_dims', 'num_heads', 'mlp_ratios'
+        )
+        norm_cfg = self.inner_norm_cfg
         if index:
             patch_embed = self.make_patch_embed(index)
-            semantic_embed = SemanticEmbed(
-                embed_dims[index - 1], embed_dims[index], self.inner_norm_cfg
+            before = self.arch_settings['embed_dims'][index - 1]
+            semantic_embed = nn.Sequential(
+                OrderedDict(
+                    proj=nn.Linear(before, embed_dims),
+                    norm=build_norm(norm_cfg, embed_dims),
+                )
             )
         else:
+            stem_width = self.arch_settings['stem_width']
             patch_embed = StemPatchEmbed(
-                self.in_channels,
-                self.arch_settings['stem_width'],
-                embed_dims[0],
-                self.inner_norm_cfg,
+                self.in_channels, stem_width, embed_dims, norm_cfg
             )
-            semantic_embed = SemanticTokens(
-                embed_dims[0], self.attn_drop_rate, self.inner_norm_cfg
+            semantic_embed = SemanticTokens(embed_dims, self.attn_drop_rate, norm_cfg)
+        last = index == self.out_indices[-1]
+        attn_args = (embed_dims, num_heads, self.attn_drop_rate, self.drop_rate)
+        blocks = []
+        for number, rate in enumerate(drop_path_rates):
+            ratio = mlp_ratio - 1 if index == 2 and number % 2 else mlp_ratio
+            ffn = ConvFFN(
+                embed_dims, int(embed_dims * ratio), self.drop_rate, residual=False
             )
+            block_args = (ffn, embed_dims, rate, self.norm_cfg)
+            if index < 2:
+                attn = DualAttention(*attn_args, rate, norm_cfg)
+                blocks.append(DualBlock(attn, *block_args))
+                continue
+            attn = FullAttention(*attn_args)
+            semantic_ffn = None
+            if not last or number < len(drop_path_rates) - 1:
+                semantic_ffn = FFN(embed_dims, 2 * embed_dims, self.drop_rate)
+            blocks.append(MergeBlock(attn, *block_args, semantic_ffn))
         return DualStage(
             patch_embed,
             semantic_embed,
-            [
-                self._make_block(
-                    index, number, rate, last and number == len(drop_path_rates) - 1
-                )
-                for number, rate in enumerate(drop_path_rates)
-            ],
+            blocks,
             self.make_norm(index),
             None if last else self.make_norm(index),
             self.with_cp,
         )
 
-    def _make_block(
-        self, index: int, number: int, drop_path_rate: float, last: bool
-    ) -> DualBlock:
-        """Build block ``number`` of stage ``index``."""
-        embed_dims, num_heads, mlp_ratio = self.arch_entries(
-            index, 'embed_dims', 'num_heads', 'mlp_ratios'
-        )
-        if index == 2 and number % 2:
-            mlp_ratio -= 1
-        ffn = ConvFFN(
-            embed_dims, int(embed_dims * mlp_ratio), self.drop_rate, residual=False
-        )
-        common = (embed_dims, drop_path_rate, self.norm_cfg)
-        if index >= DUAL_STAGES:
-            attn = FullAttention(
-                embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
-            )
-            semantic_ffn = (
-                None
-                if last
-                else FFN(embed_dims, 2 * embed_dims, self.drop_rate, nn.GELU())
-            )
-            return MergeBlock(attn, ffn, semantic_ffn, *common)
-        attn = DualAttention(
-            embed_dims,
-            num_heads,
-            self.attn_drop_rate,
-            self.drop_rate,
-            drop_path_rate,
-            self.inner_norm_cfg,
-        )
-        return DualBlock(attn, ffn, *common)
-
     def feature(self, index: int, state: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Contiguous map (B, C, h, w) in what stage ``index`` returned."""
+        """Map (B, C, h, w) in what stage ``index`` returned."""
         return state[0]

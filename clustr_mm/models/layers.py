@@ -1,8 +1,30 @@
 """Layers that pyramid vision transformers share."""
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..ops.backend import exporting
+
+#: Most numbers of a slice of hidden channels in a feed-forward layer without
+#: gradients: on a CPU what the cache holds, elsewhere what keeps the device busy.
+SLICE_ELEMENTS = {'cpu': 3 * 2**19, 'cuda': 2**24}
+
+#: A slice has at least so many channels, a multiple of a quarter of them.
+SLICE_CHANNELS = 64
+
+
+def to_map(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
+    """View tokens (B, h * w, C) as a map (B, C, h, w), channels last in memory."""
+    # Not transpose() and unflatten(), after which a batch of one does not look like
+    # channels last to a convolution.
+    return tokens.unflatten(1, hw).permute(0, 3, 1, 2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """View a map (B, C, h, w) as tokens (B, h * w, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def build_norm(cfg: dict, num_features: int) -> nn.Module:
@@ -87,7 +109,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Map (B, C, H, W) to tokens (B, h * w, embed_dims) and (h, w)."""
         x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
+        return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
 
 class FFN(nn.Module):
@@ -121,7 +143,9 @@ class FFN(nn.Module):
 class ConvFFN(nn.Module):
     """Feed-forward layer with a depth-wise 3x3 convolution in the middle.
 
-    ``fc2(GELU(h + DWConv(h)))`` with ``h = fc1(x)``.
+    ``fc2(GELU(h + DWConv(h)))`` with ``h = fc1(x)``. Without gradients the channels
+    of ``h`` are computed in slices that the cache holds; so no more than a slice of
+    them exists at a time.
 
     Args:
         embed_dims (int): Channels of the tokens.
@@ -150,13 +174,38 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Map tokens (B, h * w, C) to tokens of the same shape."""
-        hidden = self.fc1(x)
-        # A view: the convolution runs on the tokens as a channels-last map.
-        local = self.dwconv(hidden.transpose(1, 2).unflatten(2, hw))
-        local = local.flatten(2).transpose(1, 2)
+        kernel = self.dwconv.weight
         if self.residual:
-            local = hidden + local
-        return self.drop(self.fc2(self.drop(self.act(local))))
+            # h + DWConv(h) is a convolution, too: one more in the middle.
+            kernel = kernel + F.pad(kernel.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        size = self.slice_size(x)
+        slices = zip(
+            self.fc1.weight.split(size),
+            self.fc1.bias.split(size),
+            kernel.split(size),
+            self.dwconv.bias.split(size),
+            self.fc2.weight.split(size, dim=1),
+        )
+        out = None
+        for weight1, bias1, kernel, bias, weight2 in slices:
+            hidden = to_map(F.linear(x, weight1, bias1), hw)
+            hidden = F.conv2d(hidden, kernel, bias, padding=1, groups=len(kernel))
+            hidden = self.drop(self.act(to_tokens(hidden)))
+            part = F.linear(hidden, weight2, self.fc2.bias if out is None else None)
+            # Parts in half precision are added up in float32.
+            out = part if out is None else out + part.float()
+        return self.drop(out.to(part.dtype))
+
+    def slice_size(self, x: Tensor) -> int:
+        """Hidden channels computed at a time for tokens (B, N, C)."""
+        hidden_dims = len(self.fc1.weight)
+        if torch.is_grad_enabled() or exporting():
+            return hidden_dims
+        most = SLICE_ELEMENTS.get(x.device.type, SLICE_ELEMENTS['cuda'])
+        slices = -(-x.shape[:2].numel() * hidden_dims // most)
+        step = SLICE_CHANNELS // 4
+        size = -(-hidden_dims // (slices * step)) * step
+        return min(hidden_dims, max(SLICE_CHANNELS, size))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,14 +1,13 @@
 """LinGlo backbone."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import ConvFFN
+from .layers import ConvFFN, to_map, to_tokens
 from .pyramid import Block, PyramidBackbone, Stage
 
 #: exp() of a saliency this large outweighs all other tokens; float32 still holds
@@ -26,13 +25,6 @@ class KeyOnlyAttention(nn.Module):
     only the part inside the map counts); each token lets the sum of both pass
     through a gate of its own, a sigmoid per channel. Time and memory are linear
     in the number of tokens (a reading of arXiv 2207.00188, see :class:`LinGlo`).
-
-    Args:
-        embed_dims (int): Channels C of the tokens.
-        num_heads (int): Attention heads, a divisor of C.
-        window (int): Odd side of the neighbourhood, in tokens.
-        attn_drop_rate (float): Dropout of the attention weights.
-        drop_rate (float): Dropout of the output.
     """
 
     def __init__(
@@ -79,20 +71,11 @@ class KeyOnlyAttention(nn.Module):
         return saliency.clamp(-MAX_SALIENCY, MAX_SALIENCY).exp()
 
     def pool(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Neighbourhood sums, all divided by the same number.
-
-        Args:
-            x (Tensor): (B, h * w, heads, D).
-            hw (tuple[int, int]): Size of the map.
-
-        Returns:
-            Tensor: Of the same shape.
-        """
-        # A view: the pooling runs on the tokens as a channels-last map.
-        grid = x.flatten(2).transpose(1, 2).unflatten(2, hw)
+        """Neighbourhood sums of (B, h * w, heads, D), all divided by one number."""
+        grid = to_map(x.flatten(2), hw)
         # Zeros outside of the map add nothing to either sum.
         pooled = F.avg_pool2d(grid, self.window, stride=1, padding=self.window // 2)
-        return pooled.flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+        return to_tokens(pooled).unflatten(2, x.shape[2:])
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -129,28 +112,15 @@ class LinGlo(PyramidBackbone):
       classifier of 1000 classes b0, b1 and b2 have 3.44M, 13.05M and 25.75M
       parameters, instead of 3.4M, 13.1M and 25.4M.
 
-    Takes images of any size from 1 x 1 pixel, in batches of any size, and
-    returns maps at strides 4, 8, 16 and 32.
-
     Args:
-        arch (str | dict): 'b0', 'b1' or 'b2', or a dict of equally long
-            sequences, one entry per stage:
-
-            - **embed_dims**: channels;
-            - **num_heads**: attention heads, divisors of ``embed_dims``;
-            - **mlp_ratios**: hidden channels of the feed-forward layers over
-              ``embed_dims``;
-            - **depths**: number of blocks, of both kinds together.
-
+        arch (str | dict): 'b0', 'b1' or 'b2', or a dict of equally long sequences,
+            one entry per stage: ``embed_dims``, ``num_heads``, ``mlp_ratios`` as of
+            :class:`ClusTR`, and ``depths``, which counts blocks of both kinds.
             Defaults to 'b2'.
         window (int): Side of the neighbourhood of the local interaction, in
             tokens, odd. Defaults to 3.
-        **kwargs: Arguments of :class:`PyramidBackbone`: ``in_channels``,
-            ``drop_rate``, ``attn_drop_rate``, ``drop_path_rate``, ``out_indices``,
-            ``frozen_stages``, ``with_cp``, ``norm_cfg``, ``init_cfg``.
-
-    Raises:
-        ValueError: If an argument, or the shape of an input, is not as stated.
+        in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+        frozen_stages, with_cp, norm_cfg, init_cfg: See :class:`PyramidBackbone`.
 
     Examples:
         >>> import torch
@@ -182,43 +152,58 @@ class LinGlo(PyramidBackbone):
         ),
     }
 
-    #: Entries of an ``arch`` dict.
     arch_keys = ('embed_dims', 'num_heads', 'mlp_ratios', 'depths')
 
-    def __init__(self, arch: str | dict = 'b2', window: int = 3, **kwargs: Any) -> None:
-        super().__init__(arch, **kwargs)
+    def __init__(
+        self,
+        arch: str | dict = 'b2',
+        window: int = 3,
+        in_channels: int = 3,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         if not isinstance(window, int) or window < 1 or window % 2 == 0:
             raise ValueError(
                 f'window must be an odd number of tokens from 1 up, got {window}'
             )
-        self.window = window
-        self.build_stages()
+        super().__init__(
+            arch,
+            in_channels,
+            drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            out_indices,
+            frozen_stages,
+            with_cp,
+            norm_cfg,
+            init_cfg,
+            window=window,
+        )
 
-    def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> Stage:
+    def make_stage(
+        self, index: int, drop_path_rates: Sequence[float], window: int
+    ) -> Stage:
         """Build stage ``index`` with as many blocks as there are rates."""
         embed_dims, num_heads, mlp_ratio = self.arch_entries(
             index, 'embed_dims', 'num_heads', 'mlp_ratios'
         )
-        depth = len(drop_path_rates)
-
-        def make_mixer(number: int) -> nn.Module:
+        blocks = []
+        for number, rate in enumerate(drop_path_rates):
             # Counted from the end: no stage is too short to have attention.
-            if (depth - number) % 2 == 0:
-                return ConvFFN(embed_dims, embed_dims, self.drop_rate, residual=False)
-            return KeyOnlyAttention(
-                embed_dims, num_heads, self.window, self.attn_drop_rate, self.drop_rate
-            )
-
-        blocks = [
-            Block(
-                make_mixer(number),
-                ConvFFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
-                embed_dims,
-                rate,
-                self.norm_cfg,
-            )
-            for number, rate in enumerate(drop_path_rates)
-        ]
+            if (len(drop_path_rates) - number) % 2 == 0:
+                mixer = ConvFFN(embed_dims, embed_dims, self.drop_rate, residual=False)
+            else:
+                mixer = KeyOnlyAttention(
+                    embed_dims, num_heads, window, self.attn_drop_rate, self.drop_rate
+                )
+            ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate)
+            blocks.append(Block(mixer, ffn, embed_dims, rate, self.norm_cfg))
         return Stage(
             self.make_patch_embed(index), blocks, self.make_norm(index), self.with_cp
         )

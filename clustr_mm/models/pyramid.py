@@ -1,6 +1,7 @@
 """What pyramid backbones have in common: arguments, stages, freezing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,15 +9,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import accept_checkpoints
-from .layers import DropPath, PatchEmbed, build_norm, init_weights
-
-
-def run_block(block: nn.Module, with_cp: bool, *args: Any) -> Any:
-    """Run a block, recomputing it in the backward pass if ``with_cp``."""
-    if with_cp and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
+from .checkpoint import translate_names
+from .layers import DropPath, PatchEmbed, build_norm, init_weights, to_map
 
 
 class Block(nn.Module):
@@ -45,10 +39,28 @@ class Block(nn.Module):
         self.ffn = ffn
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int], *kept: Any) -> Tensor:
         """Map tokens (B, h * w, C) to tokens of the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x), hw))
+        x = x + self.drop_path(self.attn(self.norm1(x), hw, *kept))
         return x + self.drop_path(self.ffn(self.norm2(x), hw))
+
+    def keep(self, x: Tensor, *args: Any) -> tuple:
+        """What the backward pass shall not find again, as further arguments.
+
+        That is the clusters of an attention that has some: labels are small, and take
+        long to find.
+        """
+        if not hasattr(self.attn, 'cluster'):
+            return ()
+        with torch.no_grad():
+            return (self.attn.cluster(self.norm1(x), *args),)
+
+
+def run_block(block: Block, with_cp: bool, *args: Any) -> Any:
+    """Run a block, recomputing it in the backward pass if ``with_cp``."""
+    if with_cp and torch.is_grad_enabled():
+        return checkpoint(block, *args, *block.keep(*args), use_reentrant=False)
+    return block(*args)
 
 
 class Stage(nn.Module):
@@ -75,21 +87,19 @@ class Stage(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C_in, H, W) to (B, C, h, w), contiguous."""
+        """Map (B, C_in, H, W) to (B, C, h, w), both channels last in memory."""
         x, hw = self.patch_embed(x)
         for block in self.blocks:
             x = run_block(block, self.with_cp, x, hw)
-        return self.norm(x).transpose(1, 2).unflatten(2, hw).contiguous()
+        return to_map(self.norm(x), hw)
 
 
 class PyramidBackbone(BaseModule):
     """Base of backbones that return maps at strides 4, 8, 16 and 32.
 
     A subclass names its sizes in ``arch_zoo`` and the entries of such a dict in
-    ``arch_keys``, of which ``embed_dims`` and ``depths`` are needed here; its
-    constructor calls this one, keeps its own arguments, and ends with
-    :meth:`build_stages`. It defines :meth:`make_stage`, and :meth:`feature` if
-    its stages hand on more than the map.
+    ``arch_keys``, of which ``embed_dims`` and ``depths`` are needed here. It defines
+    :meth:`make_stage`, and :meth:`feature` if its stages hand on more than the map.
 
     Args:
         arch (str | dict): A key of ``arch_zoo``, or a dict of equally long
@@ -116,6 +126,7 @@ class PyramidBackbone(BaseModule):
             parameter names or the public code's, of a backbone, classifier or
             detector; a file that lacks a parameter of the backbone is an
             error. Defaults to None.
+        **options (Any): What :meth:`make_stage` of the subclass takes.
 
     Raises:
         ValueError: If an argument, or the shape of an input, is not as stated.
@@ -130,12 +141,14 @@ class PyramidBackbone(BaseModule):
     #: Those of them that are one number for the whole network.
     arch_numbers: tuple[str, ...] = ()
 
-    #: Parameter names of public code, as (pattern, replacement); ``{}`` in a
-    #: replacement is the stage's number less one.
+    #: Parameter names of public code, see :func:`.checkpoint.rename`.
     public_names: tuple[tuple[str, str], ...] = ()
 
-    #: What the names of parameters begin with that a checkpoint may lack.
+    #: A checkpoint may lack all parameters whose names begin like this.
     optional_names: tuple[str, ...] = ()
+
+    #: Whether weights that are being loaded must be complete.
+    requires_all = False
 
     def __init__(
         self,
@@ -149,9 +162,10 @@ class PyramidBackbone(BaseModule):
         with_cp: bool = False,
         norm_cfg: dict | None = None,
         init_cfg: dict | list[dict] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        self.arch_settings = self._check_arch(arch)
+        self.arch_settings = self.check_arch(arch)
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f'in_channels must be at least 1, got {in_channels!r}')
         for name, rate in [
@@ -161,7 +175,8 @@ class PyramidBackbone(BaseModule):
         ]:
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
-        stages = list(range(len(self.arch_settings['depths'])))
+        depths = self.arch_settings['depths']
+        stages = list(range(len(depths)))
         known = isinstance(out_indices, Sequence)
         self.out_indices = tuple(out_indices) if known else ()
         if not self.out_indices or self.out_indices != tuple(
@@ -184,12 +199,29 @@ class PyramidBackbone(BaseModule):
         #: For norms that keep PyTorch's eps.
         self.inner_norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
 
-    def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> nn.Module:
+        last_block = max(1, sum(depths) - 1)
+        self.stages = nn.ModuleList()
+        for index in range(self.out_indices[-1] + 1):
+            first = sum(depths[:index])
+            rates = [
+                drop_path_rate * block / last_block
+                for block in range(first, first + depths[index])
+            ]
+            self.stages.append(self.make_stage(index, rates, **options))
+        self.apply(init_weights)
+        self._freeze_stages()
+        # The public method of this name came with torch 2.5.
+        self._register_load_state_dict_pre_hook(translate_names, with_module=True)
+
+    def make_stage(
+        self, index: int, drop_path_rates: Sequence[float], **options: Any
+    ) -> nn.Module:
         """Build stage ``index`` with as many blocks as there are rates.
 
         Args:
             index (int): From 0.
             drop_path_rates (Sequence[float]): Stochastic depth of its blocks.
+            **options (Any): A subclass names what it takes.
 
         Returns:
             nn.Module: Maps what the stage before returns, the image for stage
@@ -198,24 +230,47 @@ class PyramidBackbone(BaseModule):
         raise NotImplementedError
 
     def feature(self, index: int, state: Any) -> Tensor:
-        """Contiguous map (B, C, h, w) in what stage ``index`` returned."""
+        """Map (B, C, h, w) in what stage ``index`` returned."""
         return state
 
-    def build_stages(self) -> None:
-        """Build, initialise and freeze the stages that are needed."""
-        depths = self.arch_settings['depths']
-        last = max(1, sum(depths) - 1)
-        self.stages = nn.ModuleList()
-        for index in range(self.out_indices[-1] + 1):
-            first = sum(depths[:index])
-            rates = [
-                self.drop_path_rate * block / last
-                for block in range(first, first + depths[index])
-            ]
-            self.stages.append(self.make_stage(index, rates))
-        self.apply(init_weights)
-        accept_checkpoints(self, self.public_names, self.optional_names)
-        self._freeze_stages()
+    def init_weights(self) -> None:
+        """Initialise by ``init_cfg``; weights of a file must be complete."""
+        with self.complete_weights():
+            super().init_weights()
+
+    @contextmanager
+    def complete_weights(self) -> Iterator[None]:
+        """Weights that are loaded meanwhile must be complete, or it is an error."""
+        self.requires_all = True
+        try:
+            yield
+        finally:
+            self.requires_all = False
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise decay of the learning rate.
+
+        Args:
+            param_name (str): Its name in the model.
+            prefix (str): What the names of the backbone begin with in the model.
+                Defaults to ''.
+
+        Returns:
+            tuple[int, int]: Depth and number of depths: 0 before the first block, one
+            more with each block, the last of them after all blocks. What stands
+            between two blocks belongs to the one before.
+        """
+        depths = self.arch_settings['depths'][: len(self.stages)]
+        number = sum(depths) + 2
+        if not param_name.startswith(f'{prefix}stages.'):
+            return number - 1, number
+        stage, part, *rest = param_name[len(f'{prefix}stages.') :].split('.')
+        depth = sum(depths[: int(stage)])
+        if part == 'blocks':
+            depth += int(rest[0]) + 1
+        elif part in ('norm', 'semantic_norm'):
+            depth += depths[int(stage)]
+        return depth, number
 
     def arch_entries(self, index: int, *keys: str) -> tuple:
         """Entries ``keys`` of the ``arch`` dict for stage ``index``."""
@@ -237,7 +292,8 @@ class PyramidBackbone(BaseModule):
         return build_norm(self.norm_cfg, self.arch_settings['embed_dims'][index])
 
     @classmethod
-    def _check_arch(cls, arch: str | dict) -> dict:
+    def check_arch(cls, arch: str | dict) -> dict:
+        """The ``arch`` dict; refuse what is none."""
         if isinstance(arch, str):
             if arch not in cls.arch_zoo:
                 raise ValueError(
@@ -302,11 +358,12 @@ class PyramidBackbone(BaseModule):
                 f'input must have shape (B, {self.in_channels}, H, W) with no '
                 f'empty axis, got {tuple(x.shape)}'
             )
-        # Other layouts would take other convolution kernels and round differently.
-        x = x.contiguous()
+        # Channels last in memory, whatever the caller's layout: convolutions then write
+        # tokens, and take the same kernels for every layout.
+        x = x.clone(memory_format=torch.channels_last)
         outs = []
         for index, stage in enumerate(self.stages):
             x = stage(x)
             if index in self.out_indices:
-                outs.append(self.feature(index, x))
+                outs.append(self.feature(index, x).contiguous())
         return tuple(outs)

@@ -1,41 +1,24 @@
 """STT backbone."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import (
-    FFN,
-    FullAttention,
-    PatchEmbed,
-)
+from .layers import FFN, FullAttention, PatchEmbed, init_weights
 from .pyramid import Block, PyramidBackbone, run_block
 
-#: Stride of the patches; side of the image squares that each of them sees.
+#: Stride of the patches.
 STRIDE = 8
-PATCH = 2 * STRIDE - 1
-
-#: Blocks of class attention.
-CLASS_BLOCKS = 2
 
 #: Patches and super tokens, (B, h, w, C) each, and height and width of the image.
 State = tuple[Tensor, Tensor, tuple[int, int]]
 
 
 def to_windows(x: Tensor, side: int) -> Tensor:
-    """Cut a map into squares, with zeros beyond its end.
-
-    Args:
-        x (Tensor): (B, h, w, C).
-        side (int): Of the windows.
-
-    Returns:
-        Tensor: (B, ceil(h / side) * ceil(w / side), side * side, C).
-    """
+    """Cut a map (B, h, w, C) into windows (B, S, side * side, C), padded by zeros."""
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
     x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
@@ -50,15 +33,10 @@ def from_windows(windows: Tensor, hw: tuple[int, int], side: int) -> Tensor:
 
 
 def window_mask(x: Tensor, side: int) -> Tensor | None:
-    """Which tokens of the windows of a map are not padding.
+    """Which tokens of the windows of a map (B, h, w, C) are not padding.
 
-    Args:
-        x (Tensor): The map, (B, h, w, C).
-        side (int): Of the windows.
-
-    Returns:
-        Tensor | None: Of each window its super token, always True, and its
-        patches, (windows, 1 + side * side) bool; None if there is no padding.
+    Of each window its super token, always True, and its patches, (S, 1 + side * side)
+    bool; None if there is no padding.
     """
     if x.shape[1] % side == 0 and x.shape[2] % side == 0:
         return None
@@ -70,9 +48,6 @@ class PositionEncoding(nn.Module):
     """Position from a depth-wise 3x3 convolution, added (CPVT, arXiv 2102.10882).
 
     It sees where it is by the zeros beyond the border, at any size of the map.
-
-    Args:
-        embed_dims (int): Channels C of the tokens.
     """
 
     def __init__(self, embed_dims: int) -> None:
@@ -85,22 +60,15 @@ class PositionEncoding(nn.Module):
 
 
 class GroupBlock(Block):
-    """Transformer block: attention inside groups, then a feed-forward layer.
+    """Block of :class:`FullAttention` inside groups and a plain :class:`FFN`.
 
-    Arguments as of :class:`Block`, with a :class:`FullAttention` and a plain
-    :class:`FFN`. Stochastic depth drops all groups of a sample at once.
+    Stochastic depth drops all groups of a sample at once.
     """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Let the tokens of each group attend to each other.
+        """Map (B, groups, N, C) to the same shape.
 
-        Args:
-            x (Tensor): (B, groups, N, C).
-            mask (Tensor, optional): (groups, N) bool, False for tokens that
-                nobody attends to. Defaults to None.
-
-        Returns:
-            Tensor: Of the same shape.
+        The mask is (groups, N) bool, False for tokens that nobody attends to.
         """
         batch = x.shape[0]
         if mask is not None:
@@ -111,21 +79,13 @@ class GroupBlock(Block):
 
 
 class SuperTokenStage(nn.Module):
-    """Some blocks of the trunk, local and global ones.
+    """Some blocks of the trunk, ``local_depth`` local ones and global ones.
 
     In a local block the super token and the patches of each window attend to
     each other, in a global one all super tokens do, without the patches. The
     local blocks open the stage, but for the last of them: it closes the stage,
-    and tells the patches what the super tokens have learned of the others.
-
-    Args:
-        blocks (Sequence[GroupBlock]): The blocks.
-        local_depth (int): How many of them are local, at least 1.
-        embed_dims (int): Channels C of the tokens.
-        window (int): Side of the windows, in patches.
-        patch_embed (PatchEmbed, optional): Makes the patches of the image, in
-            the first stage; the first super tokens are a learned vector.
-        with_cp (bool): Whether to recompute the blocks in the backward pass.
+    and tells the patches what the super tokens have learned of the others. Only
+    the first stage has a ``patch_embed``; its super tokens are a learned vector.
     """
 
     def __init__(
@@ -180,11 +140,6 @@ class Level(nn.Module):
 
     A norm, then for stride 4 a transposed convolution, from 16 on a maximum over
     squares, as in BEiT and ViTDet.
-
-    Args:
-        norm (nn.Module): Norm of the patches.
-        embed_dims (int): Channels C of the patches and of the map.
-        stride (int): Of the map in the image: 4, or a multiple of 8.
     """
 
     def __init__(self, norm: nn.Module, embed_dims: int, stride: int) -> None:
@@ -196,22 +151,17 @@ class Level(nn.Module):
             self.resample = nn.ConvTranspose2d(embed_dims, embed_dims, factor, factor)
         else:
             # Squares that stick out count what they have.
-            factor = stride // STRIDE
-            self.resample = nn.MaxPool2d(factor, ceil_mode=True)
+            self.resample = nn.MaxPool2d(stride // STRIDE, ceil_mode=True)
 
     def forward(self, x: Tensor, image: tuple[int, int]) -> Tensor:
         """Map patches (B, h, w, C) of an image (H, W) to (B, C, h', w')."""
         x = self.resample(self.norm(x).permute(0, 3, 1, 2))
         height, width = (-(-side // self.stride) for side in image)
-        return x[:, :, :height, :width].contiguous()
+        return x[:, :, :height, :width]
 
 
 class ClassAttention(FullAttention):
-    """Attention of the first token alone, to itself and all others.
-
-    Class attention of CaiT (arXiv 2103.17239). Arguments as of
-    :class:`FullAttention`.
-    """
+    """Attention of the first token alone to all (CaiT, arXiv 2103.17239)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to (B, 1, C)."""
@@ -219,11 +169,7 @@ class ClassAttention(FullAttention):
 
 
 class ClassBlock(Block):
-    """Transformer block of the class token alone, without stochastic depth.
-
-    Arguments as of :class:`Block`, with a :class:`ClassAttention` and a plain
-    :class:`FFN`.
-    """
+    """Block of :class:`ClassAttention` and a plain :class:`FFN`, never dropped."""
 
     def forward(self, token: Tensor, supers: Tensor) -> Tensor:
         """Map the class token (B, 1, C), with super tokens (B, S, C), to its next."""
@@ -233,14 +179,7 @@ class ClassBlock(Block):
 
 
 class ClassEmbedding(nn.Module):
-    """Class embedding, learned from the super tokens only.
-
-    Args:
-        blocks (Sequence[ClassBlock]): The blocks.
-        norm (nn.Module): Norm of the result.
-        embed_dims (int): Channels C of the tokens.
-        with_cp (bool): Whether to recompute the blocks in the backward pass.
-    """
+    """Class embedding, learned from the super tokens only."""
 
     def __init__(
         self,
@@ -313,33 +252,18 @@ class STT(PyramidBackbone):
     - ``cls``, the class token and its attention, 3.6M, only with
       ``with_cls``. With a linear classifier of 1000 classes that makes 48.6M.
 
-    Takes images of any size from 1 x 1 pixel, in batches of any size.
-
     Args:
-        arch (str | dict): 's25', or a dict of a number,
-
-            - **window_size**: side of the windows, in patches;
-
-            and of equally long sequences, one entry per stage:
-
-            - **embed_dims**: channels, the same in all stages;
-            - **num_heads**: attention heads, divisors of ``embed_dims``;
-            - **mlp_ratios**: hidden channels of the feed-forward layers over
-              ``embed_dims``;
-            - **depths**: number of blocks;
-            - **local_depths**: how many of them are local, at least one.
-
-            Defaults to 's25'.
+        arch (str | dict): 's25', or a dict of a number, ``window_size``, the side of
+            the windows in patches, and of equally long sequences, one entry per
+            stage: ``embed_dims`` (all the same), ``num_heads``, ``mlp_ratios`` and
+            ``depths`` as of :class:`ClusTR`, and ``local_depths``, how many of the
+            blocks are local, at least one. Defaults to 's25'.
         with_cls (bool): Whether to return the class embedding, a tuple of one
             tensor (B, C), instead of maps, for mmpretrain's ``ImageClassifier``
             without a neck. It is made of the super tokens of the last stage in
             ``out_indices``. Defaults to False.
-        **kwargs: Arguments of :class:`PyramidBackbone`: ``in_channels``,
-            ``drop_rate``, ``attn_drop_rate``, ``drop_path_rate``, ``out_indices``,
-            ``frozen_stages``, ``with_cp``, ``norm_cfg``, ``init_cfg``.
-
-    Raises:
-        ValueError: If an argument, or the shape of an input, is not as stated.
+        in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+        frozen_stages, with_cp, norm_cfg, init_cfg: See :class:`PyramidBackbone`.
 
     Examples:
         >>> import torch
@@ -361,23 +285,61 @@ class STT(PyramidBackbone):
         ),
     }
 
-    #: Entries of an ``arch`` dict, and those that are one number.
-    arch_keys = (
-        *('window_size', 'embed_dims', 'num_heads', 'mlp_ratios'),
-        *('depths', 'local_depths'),
-    )
+    arch_keys = tuple(arch_zoo['s25'])
     arch_numbers = ('window_size',)
 
     #: A classifier has none.
     optional_names = ('levels.',)
 
     def __init__(
-        self, arch: str | dict = 's25', with_cls: bool = False, **kwargs: Any
+        self,
+        arch: str | dict = 's25',
+        with_cls: bool = False,
+        in_channels: int = 3,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(arch, **kwargs)
-        embed_dims, depths, local_depths = (
-            self.arch_settings[key] for key in ('embed_dims', 'depths', 'local_depths')
+        super().__init__(
+            arch,
+            in_channels,
+            drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            out_indices,
+            frozen_stages,
+            with_cp,
+            norm_cfg,
+            init_cfg,
         )
+        self.with_cls = with_cls
+        embed_dims = self.arch_settings['embed_dims'][0]
+        if with_cls:
+            self.out_indices = self.out_indices[-1:]
+            index = self.out_indices[0]
+            blocks = self._make_blocks(index, ClassBlock, ClassAttention, [0.0, 0.0])
+            norm = self.make_norm(index)
+            self.cls = ClassEmbedding(blocks, norm, embed_dims, with_cp)
+            self.cls.apply(init_weights)
+        else:
+            # Only those that are returned: others would get no gradient.
+            self.levels = nn.ModuleDict()
+            for index in self.out_indices:
+                norm = self.make_norm(index)
+                self.levels[str(index)] = Level(norm, embed_dims, 4 * 2**index)
+            self.levels.apply(init_weights)
+
+    @classmethod
+    def check_arch(cls, arch: str | dict) -> dict:
+        """The ``arch`` dict; refuse what is none."""
+        settings = super().check_arch(arch)
+        embed_dims, depths = settings['embed_dims'], settings['depths']
+        local_depths = settings['local_depths']
         if len(set(embed_dims)) > 1:
             raise ValueError(f'arch embed_dims must be all the same, got {embed_dims}')
         if any(local > depth for local, depth in zip(local_depths, depths)):
@@ -385,65 +347,39 @@ class STT(PyramidBackbone):
                 f'arch local_depths must be at most depths, got {local_depths} and '
                 f'{depths}'
             )
-        self.with_cls = with_cls
-        last = self.out_indices[-1]
-        if with_cls:
-            self.out_indices = (last,)
-            self.cls = self._make_class_embedding(last)
-        else:
-            # Only those that are returned: others would get no gradient.
-            self.levels = nn.ModuleDict(
-                {
-                    str(index): Level(
-                        self.make_norm(index), embed_dims[index], 4 * 2**index
-                    )
-                    for index in self.out_indices
-                }
-            )
-        self.build_stages()
+        return settings
 
-    def _make_class_embedding(self, index: int) -> ClassEmbedding:
-        """Build the class embedding, of the sizes of stage ``index``."""
+    def _make_blocks(
+        self, index: int, block: type, attn: type, rates: Sequence[float]
+    ) -> list[Block]:
         embed_dims, num_heads, mlp_ratio = self.arch_entries(
             index, 'embed_dims', 'num_heads', 'mlp_ratios'
         )
-        blocks = [
-            ClassBlock(
-                ClassAttention(
-                    embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
-                ),
-                FFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
-                embed_dims,
-                0.0,
-                self.norm_cfg,
-            )
-            for _ in range(CLASS_BLOCKS)
-        ]
-        return ClassEmbedding(blocks, self.make_norm(index), embed_dims, self.with_cp)
-
-    def make_stage(
-        self, index: int, drop_path_rates: Sequence[float]
-    ) -> SuperTokenStage:
-        """Build stage ``index`` with as many blocks as there are rates."""
-        embed_dims, num_heads, mlp_ratio, local_depth = self.arch_entries(
-            index, 'embed_dims', 'num_heads', 'mlp_ratios', 'local_depths'
-        )
-        blocks = [
-            GroupBlock(
-                FullAttention(
-                    embed_dims, num_heads, self.attn_drop_rate, self.drop_rate
-                ),
+        return [
+            block(
+                attn(embed_dims, num_heads, self.attn_drop_rate, self.drop_rate),
                 FFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate),
                 embed_dims,
                 rate,
                 self.norm_cfg,
             )
-            for rate in drop_path_rates
+            for rate in rates
         ]
+
+    def make_stage(
+        self, index: int, drop_path_rates: Sequence[float]
+    ) -> SuperTokenStage:
+        """Build stage ``index`` with as many blocks as there are rates."""
+        embed_dims, local_depth = self.arch_entries(index, 'embed_dims', 'local_depths')
+        blocks = self._make_blocks(index, GroupBlock, FullAttention, drop_path_rates)
         patch_embed = None
         if index == 0:
             patch_embed = PatchEmbed(
-                self.in_channels, embed_dims, PATCH, STRIDE, self.inner_norm_cfg
+                self.in_channels,
+                embed_dims,
+                2 * STRIDE - 1,
+                STRIDE,
+                self.inner_norm_cfg,
             )
         return SuperTokenStage(
             blocks,

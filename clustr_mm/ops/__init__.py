@@ -1,7 +1,20 @@
 """Clustering operators of ClusTR, independent of the model."""
 
+from .backend import get_search_backend, set_search_backend
+from .clusterers import DPCKNN, Clusters, GridCells, KMeans
 from .dpc_knn import dpc_knn
+from .kmeans import grid_cells, kmeans
 from .merge import merge_tokens
-from .windows import window_dpc_knn
 
-__all__ = ['dpc_knn', 'merge_tokens', 'window_dpc_knn']
+__all__ = [
+    'DPCKNN',
+    'Clusters',
+    'GridCells',
+    'KMeans',
+    'dpc_knn',
+    'get_search_backend',
+    'grid_cells',
+    'kmeans',
+    'merge_tokens',
+    'set_search_backend',
+]

@@ -5,15 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .nearest import (
-    Points,
-    exporting,
-    has_kernel,
-    is_readable,
-    nearest,
-    prepare,
-    stable_sort,
-)
+from .backend import exporting, may_read
+from .search import find_search, images_at_a_time, invert, to_integers
 
 
 def dpc_knn(
@@ -27,12 +20,11 @@ def dpc_knn(
     highest ``rho_i * delta_i`` are the centres; every token joins its nearest
     centre, a centre itself (ClusTR, arXiv 2208.13138; DPC-kNN: Du et al.,
     2016). All ties go to the lower token index: it counts as denser, ranks
-    first and is nearer. The result is therefore a function of the input, as
-    exact as float64 is on a CPU; for what float32 cannot tell apart in a crowd
-    or on a GPU see :func:`.nearest.nearest`.
+    first and is nearer. The result is therefore a function of the input.
+    Distances are exact for tokens rounded to whole numbers, see :mod:`.search`.
 
-    No gradient flows, autocast does not apply, and no more than a block of
-    the N x N distances exists at a time (``nearest.BLOCK_ELEMENTS``).
+    No gradient flows, autocast does not apply, and of more than about a thousand
+    tokens only a block of the N x N distances exists at a time.
 
     Args:
         tokens (Tensor): (B, N, C), floating point, B, N, C at least 1. NaN
@@ -55,7 +47,9 @@ def dpc_knn(
         >>> fine.shape, int(fine.max())
         (torch.Size([2, 196]), 48)
     """
-    counts = _check(tokens, num_clusters, k)
+    check_tokens(tokens)
+    check_number('k', k)
+    counts = check_counts(num_clusters, tokens.shape[1])
     # A graph for other runtimes gets plain operations, torch.compile one node.
     run = _dpc_knn if exporting() else torch.ops.clustr_mm.dpc_knn
     return tuple(run(tokens.detach(), counts, k))
@@ -63,11 +57,64 @@ def dpc_knn(
 
 def _dpc_knn(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor]:
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        points = prepare(tokens)
-        ranking = _rank_by_score(points, min(k, tokens.shape[1]))
-        labels = _assign(points, ranking, num_clusters)
-    # Outputs of an operator must not share memory, not even for equal counts.
-    return [labels[count].clone() for count in num_clusters]
+        images = tokens.split(images_at_a_time(tokens))
+        labels = [_cluster(part, num_clusters, k) for part in images]
+    return [torch.cat(parts) for parts in zip(*labels)]
+
+
+def _cluster(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor]:
+    """Labels (B, N) for each count, of as many images as fit in memory."""
+    length, channels = tokens.shape[1:]
+    integers, unit = to_integers(tokens)
+    search = find_search(integers)
+
+    # Density. It is compared by its logarithm, which neither underflows for tokens
+    # far apart nor rounds to one for tokens close together.
+    distances, neighbours = search.nearest(min(k, length))
+    sparsity = distances.mean(dim=2) / (unit * channels)  # -log(rho)
+    rank = invert(stable_sort(sparsity))
+
+    # Distance to the nearest denser token, squared, in a unit that all tokens share.
+    # A denser one among the neighbours is the nearest; only the others, the local
+    # peaks of the density, look at all that are denser. The densest of all has none:
+    # by the paper it gets the largest distance there is, but its score is the
+    # highest anyway.
+    denser = rank.gather(1, neighbours.flatten(1)).view_as(neighbours)
+    denser = denser < rank.unsqueeze(2)
+    delta = torch.where(denser, distances, torch.inf).amin(dim=2)
+    peaks, limits = find_peaks(delta.isinf(), rank)
+    beyond = search.nearest_before(rank, peaks, limits)
+    delta = delta.scatter(1, peaks, torch.minimum(beyond, delta.gather(1, peaks)))
+
+    # Centres, the logarithm of rho * delta falling.
+    ranking = stable_sort(delta.log() / 2 - sparsity, descending=True)
+
+    # Assignment.
+    labels = []
+    for count in num_clusters:
+        centres, order = ranking[:, :count].sort(dim=1)
+        label = order.gather(1, search.nearest_of(centres))
+        own = torch.arange(count, device=tokens.device).expand_as(order)
+        labels.append(label.scatter(1, ranking[:, :count], own))
+    return labels
+
+
+def find_peaks(peak: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """The local peaks of the density, the denser first.
+
+    Args:
+        peak (Tensor): (B, N) bool.
+        rank (Tensor): (B, N) int64, 0 for the densest token.
+
+    Returns:
+        tuple[Tensor, Tensor]: Token indices (B, P) and how many tokens are denser.
+        An image of fewer than P peaks has other tokens after them, with 0; so that
+        a GPU need not wait for P, it is N there.
+    """
+    order = torch.where(peak, rank, rank + rank.shape[1]).argsort(dim=1)
+    if may_read(peak):
+        order = order[:, : int(peak.sum(dim=1).max())]
+    return order, torch.where(peak, rank, 0).gather(1, order)
 
 
 def _fake_dpc_knn(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor]:
@@ -81,7 +128,16 @@ _LIBRARY.impl('dpc_knn', _dpc_knn, 'CompositeExplicitAutograd')
 _LIBRARY.impl('dpc_knn', _fake_dpc_knn, 'Meta')
 
 
-def _check(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[int]:
+def stable_sort(values: Tensor, descending: bool = False) -> Tensor:
+    """Indices that sort the rows of (B, N), ties by place."""
+    if exporting():
+        # ONNX sorts by TopK, which is stable, but has no such argument.
+        return torch.sort(values, dim=1, descending=descending)[1]
+    return torch.sort(values, dim=1, descending=descending, stable=True)[1]
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Refuse what is no floating-point tensor (B, N, C) without an empty axis."""
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
         kind = getattr(tokens, 'dtype', type(tokens).__name__)
         raise ValueError(f'tokens must be a floating-point tensor, got {kind}')
@@ -90,114 +146,27 @@ def _check(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[int]:
             'tokens must have shape (B, N, C) with no empty axis, got '
             f'{tuple(tokens.shape)}'
         )
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f'k must be an integer from 1 up, got {k}')
+
+
+def check_number(name: str, value: int | None, optional: bool = False) -> None:
+    """Refuse what is no integer from 1 up, nor None if that is an option."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        kind = 'None or an integer' if optional else 'an integer'
+        raise ValueError(f'{name} must be {kind} from 1 up, got {value!r}')
+
+
+def check_counts(num_clusters: Sequence[int], length: int) -> list[int]:
+    """The counts as a list; refuse what are no counts from 1 to ``length``."""
     if not isinstance(num_clusters, Sequence):
         raise ValueError(
-            f'num_clusters must be a sequence of counts, got {num_clusters}'
+            f'num_clusters must be a sequence of counts, got {num_clusters!r}'
         )
     counts = list(num_clusters)
-    length = tokens.shape[1]
     integers = all(isinstance(count, (int, torch.SymInt)) for count in counts)
     if not counts or not integers or min(counts) < 1 or max(counts) > length:
         raise ValueError(
             f'num_clusters must be counts from 1 to N = {length}, got {counts}'
         )
     return counts
-
-
-def _rank_by_score(points: Points, k: int) -> Tensor:
-    """Token indices (B, N) by falling score ``rho * delta``, ties by index."""
-    distances, neighbours = nearest(points, k)
-    # Densities are compared by their logarithm, which neither underflows for
-    # far-apart tokens nor rounds to one for close ones.
-    channels = points.exact.shape[-1]
-    unit = points.scale.square().unsqueeze(-1) / channels
-    sparsity = distances.mean(dim=-1) * unit
-    by_density = stable_sort(sparsity)[1]
-    rank = _invert(by_density)
-
-    # A denser token among the k nearest is the nearest denser one; only
-    # local peaks of the density have to look further.
-    denser = rank.gather(1, neighbours.flatten(1)).view_as(neighbours)
-    denser = denser < rank.unsqueeze(-1)
-    delta = distances.masked_fill(~denser, float('inf')).amin(dim=-1)
-    delta = _search_beyond(points, delta, rank, by_density)
-
-    # Beside the one of its terms the other may be lost in rounding, for tokens
-    # very close or very far apart: where scores seem equal, both terms decide.
-    # The unit of delta is common to all tokens and left out.
-    score = delta.log() / 2 - sparsity
-    sparsity = sparsity.masked_fill(delta == 0, float('inf'))
-    order = stable_sort(delta, descending=True)[1]
-    order = order.gather(1, stable_sort(sparsity.gather(1, order))[1])
-    score = score.gather(1, order)
-    return order.gather(1, stable_sort(score, descending=True)[1])
-
-
-def _search_beyond(
-    points: Points, delta: Tensor, rank: Tensor, by_density: Tensor
-) -> Tensor:
-    """Fill in ``delta`` where it is infinite: at local density peaks.
-
-    Args:
-        points (Points): Prepared tokens.
-        delta (Tensor): (B, N) float64 squared distances.
-        rank (Tensor): (B, N) int64, 0 for the densest token.
-        by_density (Tensor): (B, N) int64, token indices by falling density.
-
-    Returns:
-        Tensor: (B, N) float64, infinite only for the densest token. (By the
-        paper it gets the largest distance; its score is the highest anyway.)
-    """
-    peak = delta.isinf()
-    # Peaks first, the denser before: a block of rows then needs few keys, and
-    # the kernel has nothing to do after the last peak.
-    order = torch.where(peak, rank, rank + rank.shape[1]).argsort(dim=1)
-    if is_readable(delta) and not has_kernel(delta):
-        order = order[:, : int(peak.sum(dim=1).max())]
-    limits = torch.where(peak, rank, 0).gather(1, order)
-    found = nearest(points, 1, order, by_density, limits)[0].squeeze(-1)
-    found = torch.where(peak.gather(1, order), found, delta.gather(1, order))
-    return delta.scatter(1, order, found)
-
-
-def _assign(points: Points, ranking: Tensor, counts: Sequence[int]) -> dict:
-    """Join every token to its nearest centre, for every count.
-
-    The centres of a smaller count are the first of those of a larger one, so
-    each count only looks at the centres that it adds.
-
-    Returns:
-        dict[int, Tensor]: Labels (B, N) int64 by count.
-    """
-    batch, length = ranking.shape
-    best = ranking.new_full((batch, length), length)
-    label = torch.zeros_like(best)
-    distance = points.exact.new_full(best.shape, float('inf'))
-    labels = {}
-    start = 0
-    for count in sorted(set(counts)):
-        if count == length:
-            labels[count] = _invert(ranking)
-            break
-        centres, order = ranking[:, start:count].sort(dim=1)
-        new_distance, position = nearest(points, 1, keys=centres)
-        new_distance, position = new_distance.squeeze(-1), position.squeeze(-1)
-        new = centres.gather(1, position)
-        closer = (new_distance < distance) | ((new_distance == distance) & (new < best))
-        distance = torch.where(closer, new_distance, distance)
-        best = torch.where(closer, new, best)
-        label = torch.where(closer, order.gather(1, position) + start, label)
-        own = torch.arange(count, device=label.device).expand(batch, -1)
-        labels[count] = label.scatter(1, ranking[:, :count], own)
-        start = count
-    return labels
-
-
-def _invert(permutation: Tensor) -> Tensor:
-    """Inverse of the permutations in the rows of a (B, N) int64 tensor."""
-    positions = torch.arange(permutation.shape[1], device=permutation.device)
-    return torch.empty_like(permutation).scatter_(
-        1, permutation, positions.expand_as(permutation)
-    )

@@ -3,12 +3,18 @@
 import torch
 from torch import Tensor
 
+from .dpc_knn import check_tokens
+
 #: Added to the weight sum of a cluster, as in the paper's public figures.
 EPS = 1e-6
 
 
 def merge_tokens(
-    tokens: Tensor, labels: Tensor, num_clusters: int, weights: Tensor
+    tokens: Tensor,
+    labels: Tensor,
+    num_clusters: int,
+    weights: Tensor,
+    means: Tensor | None = None,
 ) -> Tensor:
     """Merge the tokens of every cluster into their weighted mean.
 
@@ -24,19 +30,16 @@ def merge_tokens(
             checked on a GPU, where a check would wait for the device.
         num_clusters (int): M, at least 1.
         weights (Tensor): (B, N) or (B, N, 1), floating point, not negative.
+        means (Tensor, optional): (B, M, C), what a cluster without any weight
+            becomes. Defaults to zeros.
 
     Returns:
-        Tensor: (B, M, C) of the dtype of ``tokens``; a cluster without
-        tokens is zero.
+        Tensor: (B, M, C) of the dtype of ``tokens``.
 
     Raises:
         ValueError: If shapes, dtypes or ``num_clusters`` do not fit.
     """
-    if tokens.ndim != 3 or not tokens.is_floating_point():
-        raise ValueError(
-            'tokens must be a floating-point tensor of shape (B, N, C), got '
-            f'{tuple(tokens.shape)} of {tokens.dtype}'
-        )
+    check_tokens(tokens)
     batch, length, channels = tokens.shape
     if labels.shape != (batch, length) or labels.dtype != torch.int64:
         raise ValueError(
@@ -57,16 +60,36 @@ def merge_tokens(
         wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         weights = weights.reshape(batch, length, 1).to(wide)
         # The weight rides along as one more channel: one pass for both sums.
-        summands = torch.cat([tokens.to(wide) * weights, weights], dim=-1)
-        offsets = torch.arange(batch, device=labels.device) * num_clusters
-        rows = (labels + offsets[:, None]).flatten()
-        sums = summands.new_zeros(batch * num_clusters, channels + 1)
-        summands = summands.flatten(0, 1)
-        if sums.is_cuda:
-            # index_add would add atomically, in an order that varies.
-            sums = sums.index_put((rows,), summands, accumulate=True)
-        else:
-            sums = sums.index_add(0, rows, summands)
-        sums = sums.view(batch, num_clusters, channels + 1)
-        merged = sums[..., :-1] / (sums[..., -1:] + EPS)
+        summands = torch.cat([tokens.to(wide) * weights, weights], dim=2)
+        sums = sum_clusters(summands, labels, num_clusters)
+        sums, weight = sums.split([channels, 1], dim=2)
+        merged = sums / (weight + EPS)
+        if means is not None:
+            merged = torch.where(weight == 0, means.to(wide), merged)
     return merged.to(tokens.dtype)
+
+
+def sum_clusters(
+    values: Tensor, labels: Tensor, num_clusters: int, start: Tensor | None = None
+) -> Tensor:
+    """Sum values by label, in a fixed order.
+
+    Args:
+        values (Tensor): (B, N, D), floating point.
+        labels (Tensor): (B, N) int64 below ``num_clusters``.
+        num_clusters (int): M.
+        start (Tensor, optional): (B, M, D), what the sums begin with. Defaults to
+            zeros.
+
+    Returns:
+        Tensor: (B, M, D).
+    """
+    batch, _, channels = values.shape
+    if start is None:
+        start = values.new_zeros(batch, num_clusters, channels)
+    images = torch.arange(batch, device=labels.device).unsqueeze(1)
+    if values.is_cuda:
+        # index_add would add atomically, in an order that varies.
+        return start.index_put((images, labels), values, accumulate=True)
+    rows = (labels + images * num_clusters).flatten()
+    return start.flatten(0, 1).index_add(0, rows, values.flatten(0, 1)).view_as(start)

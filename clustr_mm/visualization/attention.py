@@ -97,10 +97,11 @@ def attention_maps(
     q = split_heads(attention.q(tokens[:, query : query + 1]), heads)
     weights = attention.importance(tokens).float().clamp(max=MAX_IMPORTANCE).exp()
     maps = []
-    for kv, labels, count in zip(
-        (attention.kv1, attention.kv2), *attention.cluster(tokens, hw)
-    ):
-        merged = merge_tokens(tokens, labels, count, weights)
+    clusters = attention.cluster(tokens, hw)
+    for scale, kv in enumerate((attention.kv1, attention.kv2)):
+        labels, count = clusters.labels[scale], clusters.counts[scale]
+        means = clusters.means and clusters.means[scale]
+        merged = merge_tokens(tokens, labels, count, weights, means)
         k, _ = (split_heads(part, heads) for part in kv(merged).chunk(2, dim=-1))
         scores = (q @ k.transpose(-1, -2)).float() * k.shape[-1] ** -0.5
         to_clusters = scores.softmax(dim=-1).squeeze(-2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.clustr import ClusteredAttention, ClusTR
-from ..ops import dpc_knn
+from ..ops import DPCKNN, merge_tokens
 from .attention import attention_maps, cluster_shares, token_at
 
 #: What the two scales of a block are called, in their order.
@@ -28,7 +28,8 @@ class ClusterMap:
         stride (int): Pixels per side of a token.
         num_clusters (int): M.
         labels (Tensor): (h, w) int64, from 0 to M - 1, the cluster of each token.
-        centres (Tensor): (h, w) bool, the M tokens that the clusters grew from.
+        centres (Tensor): (h, w) bool, a token of every cluster: for DPC-kNN the one
+            that it grew from, else the one nearest to its mean.
         shares (Tensor): (h, w) float32, the share of each token in its merged
             cluster, see :func:`cluster_shares`.
         attention (Tensor, optional): (heads, h, w) float32, how much one query
@@ -154,8 +155,8 @@ def record_clusters(
     def record(
         module: nn.Module, inputs: tuple[Tensor, tuple[int, int]], _: Tensor
     ) -> None:
-        tokens, hw = inputs
-        labels, _ = attention.cluster(tokens, hw)
+        tokens, hw = inputs[:2]
+        labels = attention.cluster(tokens, hw).labels
         records.append(labels[scale].unflatten(1, hw))
 
     handle = attention.register_forward_hook(record)
@@ -229,7 +230,7 @@ def compute_maps(
     records = {}
 
     def record(module: nn.Module, inputs: tuple[Tensor, tuple[int, int]]) -> None:
-        records[module] = inputs
+        records[module] = inputs[:2]
 
     handles = [module.register_forward_pre_hook(record) for module in modules]
     maps = []
@@ -256,43 +257,67 @@ def _map_scales(
     place: dict[str, int],
 ) -> Iterator[ClusterMap]:
     """Both scales of a block for tokens (1, h * w, C)."""
-    ranks = _rank_tokens(attention, tokens, hw)
+    clusters = attention.cluster(tokens, hw)
     seen = (None, None)
     if query is not None:
         seen = attention_maps(attention, tokens, hw, query)
-    clusters = zip(*attention.cluster(tokens, hw))
-    for scale, ((labels, count), weights) in enumerate(zip(clusters, seen)):
+    ranks = None
+    if isinstance(attention.clusterer, DPCKNN):
+        # With as many clusters as tokens all are centres, numbered by rank.
+        ranks = RankedDPCKNN.of(attention.clusterer)(tokens, hw, [tokens.shape[1]])
+        ranks = ranks.labels[0]
+    for scale, (labels, count, weights) in enumerate(
+        zip(clusters.labels, clusters.counts, seen)
+    ):
         shares = cluster_shares(attention, tokens, labels, count)[0]
-        # The centre is the one of the cluster that ranks first.
-        best = ranks.new_full((count,), tokens.shape[1])
-        best = best.scatter_reduce(0, labels[0], ranks, 'amin')
+        centres = _first_of_clusters(tokens, labels, count, ranks)
         yield ClusterMap(
             **place,
             scale=scale,
             num_clusters=count,
             labels=labels[0].unflatten(0, hw).cpu(),
-            centres=(ranks == best[labels[0]]).unflatten(0, hw).cpu(),
+            centres=centres[0].unflatten(0, hw).cpu(),
             shares=shares.unflatten(0, hw).cpu(),
             attention=None if weights is None else weights[0].unflatten(1, hw).cpu(),
         )
 
 
-def _rank_tokens(
-    attention: ClusteredAttention, tokens: Tensor, hw: tuple[int, int]
+class RankedDPCKNN(DPCKNN):
+    """DPC-kNN that ranks tokens where all of them are wanted as clusters."""
+
+    @classmethod
+    def of(cls, clusterer: DPCKNN) -> RankedDPCKNN:
+        """With the settings of another clusterer."""
+        ranked = cls(clusterer.k, clusterer.window)
+        ranked.stride = clusterer.stride
+        return ranked
+
+    def _cluster(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+        return self.find(tokens, counts)
+
+
+def _first_of_clusters(
+    tokens: Tensor, labels: Tensor, count: int, ranks: Tensor | None
 ) -> Tensor:
-    """Rank (h * w,) int64 of each token as a centre, 0 for the first of a window."""
-    height, width = hw
-    ranks = torch.empty(hw, dtype=torch.int64, device=tokens.device)
-    token_map = tokens.unflatten(1, hw)
-    # The windows of window_dpc_knn: near-equal parts, the longer ones first.
-    rows, columns = (
-        torch.arange(side).tensor_split(-(-side // (attention.window or side)))
-        for side in hw
-    )
-    for r in rows:
-        for c in columns:
-            part = token_map[:, r[0] : r[-1] + 1, c[0] : c[-1] + 1].flatten(1, 2)
-            # With as many clusters as tokens all are centres, numbered by rank.
-            (labels,) = dpc_knn(part, [part.shape[1]], attention.num_neighbors)
-            ranks[r[0] : r[-1] + 1, c[0] : c[-1] + 1] = labels.view(len(r), len(c))
-    return ranks.flatten()
+    """Mark one token of every cluster.
+
+    Args:
+        tokens (Tensor): (B, N, C).
+        labels (Tensor): (B, N) int64.
+        count (int): M.
+        ranks (Tensor, optional): (B, N) int64, rank as a centre. Without it the token
+            nearest to the mean of its cluster is marked.
+
+    Returns:
+        Tensor: (B, N) bool.
+    """
+    if ranks is None:
+        means = merge_tokens(tokens, labels, count, torch.ones_like(tokens[..., 0]))
+        index = labels.unsqueeze(2).expand_as(tokens)
+        distances = (tokens - means.gather(1, index)).square().sum(dim=2)
+        # As ranks: no two are equal.
+        order = distances.argsort(dim=1, stable=True)
+        ranks = order.argsort(dim=1)
+    best = ranks.new_full((len(tokens), count), tokens.shape[1])
+    best = best.scatter_reduce(1, labels, ranks, 'amin')
+    return ranks == best.gather(1, labels)

@@ -161,7 +161,7 @@ def load_backbone(
     config: Path | str | None = None,
     checkpoint: Path | str | None = None,
     arch: str = 'tiny',
-    cluster_window: int | None = None,
+    **changes: Any,
 ) -> tuple[ClusTR, Pixels]:
     """Build a backbone alone, in evaluation mode on the CPU.
 
@@ -172,7 +172,7 @@ def load_backbone(
             read by the safe loader. Without one the weights are random, the same
             every time.
         arch (str): What is built without a config. Defaults to 'tiny'.
-        cluster_window (int, optional): Takes the place of the config's.
+        **changes (Any): Arguments of ClusTR that take the place of the config's.
 
     Returns:
         tuple[ClusTR, Pixels]: The backbone, and what its input is like.
@@ -184,8 +184,7 @@ def load_backbone(
     cfg, pixels = dict(type='ClusTR', arch=arch), Pixels()
     if config is not None:
         cfg, pixels = _read_config(Path(config))
-    if cluster_window is not None:
-        cfg['cluster_window'] = cluster_window
+    cfg.update(changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -225,7 +224,8 @@ def _load_weights(backbone: ClusTR, path: Path) -> None:
         raise ValueError(f'there is no checkpoint {str(path)!r}')
     try:
         _, weights = load(path)
-        backbone.load_state_dict(dict(weights), strict=False)
+        with backbone.complete_weights():
+            backbone.load_state_dict(dict(weights), strict=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f'{path}: {shorten(error)}') from error
 

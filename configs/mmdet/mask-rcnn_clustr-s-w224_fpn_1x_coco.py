@@ -1,2 +1,2 @@
 _base_ = './mask-rcnn_clustr-s_fpn_1x_coco.py'
-model = dict(backbone=dict(cluster_window=224))
+model = dict(backbone=dict(clusterer=dict(type='DPCKNN', window=224)))

@@ -40,7 +40,10 @@ ARCHS = dict(
 #: What returns maps.
 MAPS = {
     **{name: dict(type=name) for name in ARCHS},
-    'ClusTR, windows': dict(type='ClusTR', cluster_window=32),
+    'ClusTR, windows': dict(type='ClusTR', clusterer=dict(type='DPCKNN', window=32)),
+    'ClusTR, linear': dict(
+        type='ClusTR', clusterer=dict(type='KMeans'), max_clusters=4
+    ),
 }
 CASES = {**MAPS, 'STT, class': dict(type='STT', with_cls=True)}
 
@@ -71,3 +74,9 @@ def random_model(name, **kwargs):
 def loss_of(outs):
     """Some number; the mean of squares hardly depends on what is before a norm."""
     return sum((out.float() * randn(*out.shape)).sum() for out in outs)
+
+
+def load_all(model, state_dict):
+    """Load weights as ``init_cfg`` does: what is missing is an error."""
+    with model.complete_weights():
+        model.load_state_dict(state_dict, strict=False)

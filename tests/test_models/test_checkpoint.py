@@ -2,6 +2,7 @@ import pytest
 import torch
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint, save_checkpoint
+from test_models.backbones import load_all
 from test_models.test_clustr import ARCH, golden, randn, random_model  # noqa: F401
 from torch import nn
 
@@ -54,7 +55,7 @@ WRAPPINGS = list(wrappings({}))
 
 @pytest.mark.parametrize('wrapping', WRAPPINGS)
 @pytest.mark.parametrize('names', ['ours', 'public'])
-def test_init_cfg_and_load_from(golden, tmp_path, names, wrapping):  # noqa: F811
+def test_init_cfg(golden, tmp_path, names, wrapping):  # noqa: F811
     reference = ClusTR(ARCH)
     reference.load_state_dict(public(golden), strict=False)
     expected = reference.state_dict()
@@ -67,9 +68,9 @@ def test_init_cfg_and_load_from(golden, tmp_path, names, wrapping):  # noqa: F81
     model.init_weights()
     assert equal(model, expected)
 
-    # What the runner does with `load_from`.
     detector = Detector()
-    load_checkpoint(detector, path, map_location='cpu')
+    detector.backbone.init_cfg = model.init_cfg
+    detector.init_weights()
     assert equal(detector.backbone, expected)
 
 
@@ -112,6 +113,39 @@ def test_strict_still_reports_unknown_keys():
         model.load_state_dict({**model.state_dict(), 'head.weight': torch.zeros(1)})
 
 
+def test_not_strict_is_partial():
+    """As torch says: what is missing stays, what is unknown is reported."""
+    model = ClusTR(ARCH)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {'norm4.bias': torch.ones(64), 'head.weight': torch.zeros(1)}
+    keys = model.load_state_dict(weights, strict=False)
+    assert keys.unexpected_keys == ['head.weight']
+    assert 'stages.3.norm.bias' not in keys.missing_keys
+    before['stages.3.norm.bias'] = torch.ones(64)
+    assert equal(model, before)
+    with pytest.raises(RuntimeError, match='Missing key'):
+        model.load_state_dict(weights)
+
+
+def test_two_names_for_one_parameter():
+    model = ClusTR(ARCH)
+    weights = {
+        'norm4.bias': torch.ones(64),
+        'backbone.stages.3.norm.bias': torch.ones(64),
+    }
+    with pytest.raises(
+        RuntimeError, match=r'norm4\.bias and .* are both stages\.3\.norm\.bias'
+    ):
+        model.load_state_dict(weights, strict=False)
+
+
+def test_buffers_that_are_not_saved_are_not_missed():
+    model = ClusTR(ARCH)
+    weights = model.state_dict()
+    model.register_buffer('scratch', torch.zeros(3), persistent=False)
+    load_all(model, weights)
+
+
 def test_wrong_checkpoint_counts_and_names(tmp_path):
     model = ClusTR(ARCH)
     total = len(model.state_dict())
@@ -122,13 +156,9 @@ def test_wrong_checkpoint_counts_and_names(tmp_path):
         rf'does not fit this ClusTR: 0 of {total} parameters match; missing: '
         r'stages\.0\.patch_embed\.proj\.weight, .* and \d+ more'
     )
-    with pytest.raises(RuntimeError, match=message):
-        load_checkpoint(model, path)
     pretrained = ClusTR(ARCH, init_cfg=dict(type='Pretrained', checkpoint=path))
     with pytest.raises(RuntimeError, match=message):
         pretrained.init_weights()
-    with pytest.raises(RuntimeError, match=message):
-        load_checkpoint(Detector(), path)
 
     # One missing and one of another shape.
     state_dict = dict(model.state_dict())
@@ -140,7 +170,7 @@ def test_wrong_checkpoint_counts_and_names(tmp_path):
         match=rf'{total - 2} of {total} .*missing: stages\.3\.norm\.bias; of other '
         r'shape: stages\.0\.norm\.bias \(17,\) instead of \(16,\)',
     ):
-        model.load_state_dict(state_dict, strict=False)
+        load_all(model, state_dict)
     assert equal(model, before)
 
 
@@ -148,10 +178,17 @@ def test_checkpoint_of_another_variant():
     with torch.device('meta'):
         tiny, small = ClusTR('tiny'), ClusTR('small')
     with pytest.raises(RuntimeError, match=r'of \d+ parameters match; missing'):
-        small.load_state_dict(tiny.state_dict(), strict=False)
+        load_all(small, tiny.state_dict())
     # All of tiny's names are in small, with the same shapes.
     with pytest.raises(RuntimeError, match=r'of more blocks: stages\.0\.blocks\.1\.'):
-        tiny.load_state_dict(small.state_dict(), strict=False)
+        load_all(tiny, small.state_dict())
+
+
+def test_checkpoints_load_across_clusterers():
+    model = ClusTR(ARCH, clusterer=dict(type='KMeans'), max_clusters=4)
+    weights = random_model().state_dict()
+    load_all(model, weights)
+    assert equal(model, weights)
 
 
 def test_loading_leaves_the_given_dict_alone(golden):  # noqa: F811

@@ -12,7 +12,7 @@ from torch_versions import HALF
 from clustr_mm import ClusTR
 from clustr_mm.models import layers
 from clustr_mm.models.clustr import ClusteredAttention
-from clustr_mm.ops import dpc_knn, windows
+from clustr_mm.ops import DPCKNN, dpc_knn
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'clustr_tiny.npz'
 ARCH = ARCHS['ClusTR']
@@ -108,7 +108,7 @@ def test_full_attention_where_nothing_is_merged():
 @pytest.mark.parametrize('num_tokens', [1, 3, 16, 36, 35])
 def test_attention_by_definition(num_tokens):
     torch.manual_seed(0)
-    attn = ClusteredAttention(16, 2, 2, 5, None, 0.0, 0.0).double()
+    attn = ClusteredAttention(16, 2, 2, DPCKNN()).double()
     x = torch.randn(2, num_tokens, 16, dtype=torch.float64)
     expected = 0
     weight = torch.exp(attn.importance(x))
@@ -129,29 +129,66 @@ def test_attention_by_definition(num_tokens):
     )
 
 
-def test_no_clustering_where_clusters_are_tokens(monkeypatch):
-    counts = []
+class Spy(DPCKNN):
+    """Tells what it is asked for."""
 
-    def spy(tokens, num_clusters, k):
-        counts.append((tokens.shape[1], tuple(num_clusters)))
-        return dpc_knn(tokens, num_clusters, k)
+    seen: list
 
-    monkeypatch.setattr(windows, 'dpc_knn', spy)
-    random_model()(randn(1, 3, 64, 64))
+    def find(self, tokens, counts):
+        labels = super().find(tokens, counts)
+        self.seen.append((tokens, tuple(counts), self.k, labels))
+        return labels
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    monkeypatch.setattr(Spy, 'seen', [], raising=False)
+    return Spy
+
+
+def test_no_clustering_where_clusters_are_tokens(spy):
+    random_model(clusterer=dict(type=spy, k=7))(randn(1, 3, 64, 64))
     # Stage 3 has 16 tokens, M1 = 4 and M2 = 16; stage 4 is not clustered.
-    assert counts == [(256, (4, 16))] + [(64, (4, 16))] * 2 + [(16, (4,))] * 2
+    assert [(len(tokens[0]), counts) for tokens, counts, _, _ in spy.seen] == (
+        [(256, (4, 16))] + [(64, (4, 16))] * 2 + [(16, (4,))] * 2
+    )
+    assert {k for _, _, k, _ in spy.seen} == {7}
 
 
-def test_num_neighbors_reaches_the_clustering(monkeypatch):
-    seen = set()
+# ---- the feed-forward layer
 
-    def spy(tokens, num_clusters, k):
-        seen.add(k)
-        return dpc_knn(tokens, num_clusters, k)
 
-    monkeypatch.setattr(windows, 'dpc_knn', spy)
-    ClusTR(ARCH, num_neighbors=7)(randn(1, 3, 32, 32))
-    assert seen == {7}
+@pytest.mark.parametrize('residual', [True, False])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_feed_forward_by_definition(residual, batch):
+    torch.manual_seed(0)
+    ffn = layers.ConvFFN(16, 200, residual=residual).double()
+    x = torch.randn(batch, 35, 16, dtype=torch.float64)
+    hidden = ffn.fc1(x).transpose(1, 2).reshape(batch, 200, 5, 7).contiguous()
+    local = ffn.dwconv(hidden)
+    local = local + hidden if residual else local
+    expected = ffn.fc2(nn.functional.gelu(local).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(ffn(x, (5, 7)), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, *HALF])
+def test_slices_of_channels_without_gradients(monkeypatch, dtype):
+    torch.manual_seed(0)
+    ffn = layers.ConvFFN(16, 300)
+    x = randn(2, 40, 16)
+    sizes = []
+    ffn.act.register_forward_hook(lambda _, args, out: sizes.append(out.numel()))
+    with torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32):
+        whole = ffn(x, (5, 8))
+        assert sizes == [2 * 40 * 300]
+        monkeypatch.setitem(layers.SLICE_ELEMENTS, 'cpu', 2 * 40 * 100)
+        sizes.clear()
+        with torch.no_grad():
+            sliced = ffn(x, (5, 8))
+    assert len(sizes) > 2 and sum(sizes) == 2 * 40 * 300
+    assert max(sizes) <= 2 * 40 * 112 and sliced.dtype == whole.dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(sliced, whole.detach(), rtol=0, atol=tolerance)
 
 
 # ---- training
@@ -168,28 +205,35 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize('dtype', HALF)
-def test_autocast_clusters_in_float32(monkeypatch, dtype):
-    seen = []
-
-    def spy(tokens, num_clusters, k):
-        labels = dpc_knn(tokens, num_clusters, k)
-        with torch.autocast('cpu', enabled=False):
-            again = dpc_knn(tokens.float(), num_clusters, k)
-        seen.extend(torch.equal(a, b) for a, b in zip(labels, again))
-        return labels
-
-    monkeypatch.setattr(windows, 'dpc_knn', spy)
-    model = random_model().train()
+def test_autocast_clusters_in_float32(spy, dtype):
+    model = random_model(clusterer=dict(type=spy)).train()
     with torch.autocast('cpu', dtype=dtype):
         loss = sum(out.float().square().mean() for out in model(randn(2, 3, 64, 64)))
+    assert len(spy.seen) == 5
+    for tokens, counts, k, labels in spy.seen:
+        for a, b in zip(labels, dpc_knn(tokens.float(), counts, k)):
+            assert torch.equal(a, b)
     loss.backward()
-    assert seen and all(seen)
     assert loss.isfinite()
     assert all(param.grad.isfinite().all() for param in model.parameters())
 
 
+@pytest.mark.parametrize('clusterer', ['Spy', 'KMeans'])
+def test_recomputing_does_not_cluster_again(spy, clusterer, monkeypatch):
+    calls = []
+    model = random_model(clusterer=dict(type=spy), with_cp=True).train()
+    if clusterer == 'KMeans':
+        model = random_model(clusterer=dict(type='KMeans'), with_cp=True).train()
+    for stage in model.stages[:3]:
+        stage.blocks[0].attn.clusterer.register_forward_hook(lambda *_: calls.append(1))
+    outs = model(randn(2, 3, 64, 64))
+    assert len(calls) == 5
+    sum(out.square().mean() for out in outs).backward()
+    assert len(calls) == 5
+
+
 def test_large_importance_does_not_overflow():
-    attn = ClusteredAttention(16, 2, 2, 5, None, 0.0, 0.0)
+    attn = ClusteredAttention(16, 2, 2, DPCKNN())
     nn.init.constant_(attn.importance.bias, 200.0)
     assert attn(randn(1, 36, 16), (6, 6)).isfinite().all()
 
@@ -222,20 +266,3 @@ def test_norm_cfg():
     assert stage.patch_embed.norm.eps == 1e-5
     assert not stage.norm.weight.requires_grad
     assert ClusTR(ARCH).stages[0].norm.eps == 1e-6
-
-
-# ---- wrong arguments
-
-
-@pytest.mark.parametrize(
-    ('kwargs', 'message'),
-    [
-        (dict(num_neighbors=0), 'num_neighbors.*got 0'),
-        (dict(cluster_window=0), 'cluster_window.*got 0'),
-        (dict(cluster_window=-224), 'cluster_window.*got -224'),
-        (dict(cluster_window=1.5), 'cluster_window.*got 1.5'),
-    ],
-)
-def test_wrong_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        ClusTR(**{'arch': ARCH, **kwargs})

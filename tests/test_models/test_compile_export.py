@@ -21,19 +21,30 @@ def assert_same_features(outs, expected):
 
 
 @compiles
-@pytest.mark.parametrize('cluster_window', [None, 32])
-def test_compile_without_graph_break(model, cluster_window):
-    windowed = ClusTR('tiny', drop_path_rate=0.0, cluster_window=cluster_window)
-    windowed.load_state_dict(model.state_dict())
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(clusterer=dict(type='DPCKNN')),
+        dict(clusterer=dict(type='DPCKNN', window=32)),
+        dict(clusterer=dict(type='KMeans'), max_clusters=4),
+    ],
+)
+def test_compile_without_graph_break(model, cfg):
+    other = ClusTR('tiny', drop_path_rate=0.0, **cfg)
+    other.load_state_dict(model.state_dict())
     counter = CompileCounterWithBackend('aot_eager')
-    compiled = torch.compile(windowed, backend=counter, fullgraph=True)
+    compiled = torch.compile(other, backend=counter, fullgraph=True)
     x = randn(1, 3, 64, 96)
-    assert_same_features(compiled(x), windowed(x))
+    assert_same_features(compiled(x), other(x))
     assert counter.frame_count == 1
     nodes = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
-    # 9 blocks cluster; windows of one size are one node, here 1 x 1 sizes or so.
     clusterings = sum('clustr_mm.dpc_knn' in node for node in nodes)
-    assert clusterings >= 9 and (cluster_window or clusterings == 9)
+    if cfg['clusterer'] == dict(type='DPCKNN'):
+        assert clusterings == 9  # blocks that cluster
+    elif cfg['clusterer']['type'] == 'DPCKNN':
+        assert clusterings >= 9  # windows of one size are one node
+    else:
+        assert clusterings == 0
 
 
 @compiles
@@ -54,12 +65,15 @@ def test_operator_is_registered_correctly():
     torch.library.opcheck(torch.ops.clustr_mm.dpc_knn, (randn(2, 40, 16), [3, 10], 5))
 
 
-def test_onnx(tmp_path):
+@pytest.mark.parametrize('linear', [False, True])
+def test_onnx(tmp_path, linear):
     onnxruntime = pytest.importorskip('onnxruntime')
+    onnx = pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')
     # Fewer blocks, the same operations: a large graph takes minutes to convert.
     arch = {**ClusTR.arch_zoo['tiny'], 'depths': [1, 1, 1, 1]}
-    model = ClusTR(arch).eval()
+    cfg = dict(clusterer=dict(type='KMeans'), max_clusters=4) if linear else {}
+    model = ClusTR(arch, **cfg).eval()
     x = randn(1, 3, 72, 104)
     path = str(tmp_path / 'clustr.onnx')
     torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
@@ -69,3 +83,11 @@ def test_onnx(tmp_path):
         outs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.no_grad():
             assert_same_features(outs, model(x))
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    shapes = {
+        tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in graph.value_info
+    }
+    # The distances of all pairs of the 18 x 26 tokens of stage 1.
+    assert any(shape[-2:] == (468, 468) for shape in shapes) != linear

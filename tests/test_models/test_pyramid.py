@@ -197,6 +197,44 @@ def test_compile_and_export(name):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@for_all
+def test_layer_wise_decay_of_the_learning_rate(name):
+    """By mmpretrain's constructor, with the backbone inside a classifier."""
+    optimizers = pytest.importorskip('mmpretrain.engine.optimizers')
+    from mmpretrain.models.classifiers import ImageClassifier
+
+    classifier = ImageClassifier(dict(type='ResNet', depth=18))
+    classifier.backbone = backbone = make_model(name)
+    cfg = dict(
+        type='OptimWrapper', optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05)
+    )
+    build = optimizers.LearningRateDecayOptimWrapperConstructor(
+        cfg, dict(layer_decay_rate=0.5)
+    )
+    groups = build(classifier).optimizer.param_groups
+    depth = sum(len(stage.blocks) for stage in backbone.stages)
+    rates = {group['param_name']: group['lr'] for group in groups}
+    assert len(rates) == sum(p.requires_grad for p in classifier.parameters())
+    number = 0
+    for i, stage in enumerate(backbone.stages):
+        for j in range(len(stage.blocks)):
+            number += 1
+            mine = [
+                rate
+                for key, rate in rates.items()
+                if key.startswith(f'backbone.stages.{i}.blocks.{j}.')
+            ]
+            assert mine and set(mine) == {0.5 ** (depth + 1 - number)}
+    first = [
+        v for k, v in rates.items() if k.startswith('backbone.stages.0.patch_embed')
+    ]
+    assert set(first) == {0.5 ** (depth + 1)}
+    assert min(rates.values()) == 0.5 ** (depth + 1)
+    key = next(key for key, _ in backbone.named_parameters() if 'norm' in key)
+    assert backbone.get_layer_depth(key) == backbone.get_layer_depth(f'x.{key}', 'x.')
+    assert backbone.get_layer_depth('head.weight', 'x.') == (depth + 1, depth + 2)
+
+
 # ---- wrong arguments
 
 

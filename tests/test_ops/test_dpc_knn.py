@@ -2,16 +2,39 @@ import importlib
 import random
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 from naive import naive_dpc_knn, naive_merge
 
-from clustr_mm.ops import dpc_knn, merge_tokens, nearest
+from clustr_mm.ops import dpc_knn, merge_tokens, search
 
 # The package exports a function under the name of this module.
 dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
+
+WAYS = ['dense', 'in blocks', 'in blocks without a look']
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """All ways of the plain operations, whatever the number of tokens."""
+    choose(request.param, monkeypatch)
+    return request.param
+
+
+def choose(way, monkeypatch):
+    monkeypatch.setattr(search, 'DENSE_TOKENS', 2**20 if way == 'dense' else 0)
+    for user in (search, dpc_module):
+        if way == 'in blocks without a look':
+            monkeypatch.setattr(user, 'may_read', lambda _: False)
+        if way == 'exported':
+            monkeypatch.setattr(user, 'exporting', lambda: True)
+
+
+def rounded(tokens):
+    """The numbers that distances are computed of."""
+    integers, square = search.to_integers(tokens)
+    return integers / square.sqrt().unsqueeze(2)
 
 
 def randn(*shape, seed=0):
@@ -32,7 +55,7 @@ def check(tokens, counts, k=5):
 @pytest.mark.parametrize(
     ('length', 'channels'), [(36, 16), (49, 33), (64, 64), (200, 3), (300, 20)]
 )
-def test_random_tokens(batch, length, channels):
+def test_random_tokens(batch, length, channels, way):
     check(randn(batch, length, channels), [length // 16 + 1, length // 4, length])
 
 
@@ -59,7 +82,7 @@ def test_as_many_clusters_as_tokens():
     assert torch.equal(labels.sort(dim=1)[0], torch.arange(30).expand(2, -1))
 
 
-def test_constant_tokens():
+def test_constant_tokens(way):
     tokens = randn(1, 1, 16).expand(2, 150, 16)
     one, ten = check(tokens, [1, 10])
     # All tie: the first ten are the centres, all others join the first.
@@ -68,7 +91,7 @@ def test_constant_tokens():
 
 
 @pytest.mark.parametrize('copies', [2, 5, 40])
-def test_duplicates(copies):
+def test_duplicates(copies, way):
     distinct = randn(2, 200 // copies, 24)
     tokens = distinct.repeat(1, copies, 1)
     check(tokens, [10, 50, 120])
@@ -76,7 +99,7 @@ def test_duplicates(copies):
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_ties_of_integers(seed):
+def test_ties_of_integers(seed, way):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(-1, 2, (2, 180, 4), generator=generator).float()
     check(tokens, [11, 45, 100])
@@ -84,20 +107,9 @@ def test_ties_of_integers(seed):
 
 # At 1e-44 few bits of a float32 are left, and its inverse is none.
 @pytest.mark.parametrize('scale', [1e-44, 1e-38, 1e-20, 1e-6, 1e3, 1e12, 1e37])
-def test_scale(scale):
+def test_scale(scale, way):
     # exp(-d^2) is 1 or 0 here: densities must not be compared by value.
     check(randn(2, 80, 8) * scale, [5, 20])
-
-
-@pytest.fixture(params=['on a CPU', 'without a look', 'exported'])
-def way(request, monkeypatch):
-    """The three ways of the plain operations: only the first counts what it missed."""
-    for user in (nearest, dpc_module):
-        if request.param == 'without a look':
-            monkeypatch.setattr(user, 'is_readable', lambda _: False)
-        if request.param == 'exported':
-            monkeypatch.setattr(user, 'exporting', lambda: True)
-    return request.param
 
 
 @pytest.mark.parametrize('offset', [0, 1e4, 3e5, -3e5])
@@ -105,80 +117,81 @@ def test_far_from_the_origin(offset, way):
     check(randn(2, 200, 8) + offset, [5, 20, 200])
 
 
-@pytest.mark.parametrize('crowd', [10, 39, 256])
+def test_rounding_is_that_of_float32():
+    tokens = randn(3, 200, 64)
+    moved = rounded(tokens) - tokens.double()
+    # All tokens are shifted alike, too, which changes no distance.
+    error = (moved - moved[:, :1]).abs().max()
+    assert 0 < error <= 2 * 2.0**-24 * tokens.norm(dim=2).max()
+    integers = tokens.mul(3).round()
+    moved = rounded(integers) - integers.double()
+    assert torch.equal(moved, moved[:, :1].expand_as(moved))
+
+
+def test_tokens_are_rounded_to_whole_numbers_of_equal_length():
+    for scale in (1e-44, 1e-6, 1.0, 1e30):
+        integers, _ = search.to_integers(randn(2, 50, 20) * scale)
+        assert torch.equal(integers, integers.round())
+        longest = integers.norm(dim=2).amax(dim=1)
+        assert (longest >= 2**23 - 10).all() and (longest <= 2**24 + 10).all()
+
+
 @pytest.mark.parametrize('shift', [0.0, 40.0])
-def test_tokens_that_float32_cannot_tell_apart(shift, crowd, monkeypatch):
-    """Many candidates at nearly one distance: the narrow search is not enough."""
+def test_tokens_that_float32_cannot_tell_apart(shift, monkeypatch):
+    """Distances that differ by less than float32 rounds are told apart."""
+    choose('dense', monkeypatch)
     ring = torch.nn.functional.normalize(randn(2, 300, 6), dim=-1)
     tokens = torch.cat([torch.zeros(2, 40, 6), ring], dim=1) + shift
-    rows = dict(wide=0, pairs=0)
-    first_pairs, settle_pairs = nearest._first_pairs, nearest._settle_pairs
-
-    def by_width(values, width):
-        rows['wide'] += values.shape[1]
-        return first_pairs(values, width)
-
-    def by_pairs(queries, *rest):
-        rows['pairs'] += len(queries)
-        return settle_pairs(queries, *rest)
-
-    monkeypatch.setattr(nearest, 'CROWD', crowd)
-    monkeypatch.setattr(nearest, '_first_pairs', by_width)
-    monkeypatch.setattr(nearest, '_settle_pairs', by_pairs)
-    check(tokens, [5, 20])
-    # The forty copies of zero, in both images.
-    assert rows['pairs' if crowd >= 40 else 'wide'] >= 80
+    labels = dpc_knn(tokens, [5, 20])
+    for label, want in zip(labels, naive_dpc_knn(rounded(tokens), [5, 20])):
+        assert torch.equal(label, want)
 
 
-@pytest.mark.parametrize('spread', [1e-2, 1e-3, 1e-4])
-def test_groups_that_float32_cannot_resolve(spread):
-    """Two far apart: their distance leaves no digits for those inside a group."""
+@pytest.mark.parametrize('spread', [1e-2, 1e-3])
+def test_two_groups_far_apart(spread, way):
+    """Their distance leaves few digits for those inside a group."""
     far = 5.7 * torch.nn.functional.normalize(randn(1, 1, 32), dim=-1)
     near = spread * randn(2, 120, 32, seed=2)
-    check(torch.cat([near[:, :60] + far, near[:, 60:] - far], dim=1), [8, 30])
+    tokens = torch.cat([near[:, :60] + far, near[:, 60:] - far], dim=1)
+    labels = dpc_knn(tokens, [8, 30])
+    expected = naive_dpc_knn(rounded(tokens), [8, 30])
+    for label, want in zip(labels, expected):
+        if way == 'dense':
+            assert torch.equal(label, want)
+        else:
+            # Some neighbours are missed; tokens stay in their group.
+            assert (label == want).float().mean() > 0.5
+            first, second = (set(part.tolist()) for part in label[0].split(60))
+            assert not first & second
 
 
-def test_nearly_all_rows_take_the_narrow_search():
-    points = nearest.prepare(randn(1, 400, 16))
-    tokens = points.centred
-    found, near, crowded = nearest._search_certified(
-        tokens, tokens, points.norms, 5, 8, None
-    )
-    assert found.shape == (1, 400, 6)
-    assert not crowded
-    assert sum(len(rows.unique()) for rows, _ in near) < 8
-
-
-def test_search_in_many_blocks(monkeypatch):
+@pytest.mark.parametrize('limits', ['BLOCK_ELEMENTS', 'DENSE_ELEMENTS'])
+def test_search_in_many_blocks(monkeypatch, limits):
     tokens = randn(3, 200, 8)
+    choose('dense' if limits == 'DENSE_ELEMENTS' else 'in blocks', monkeypatch)
     whole = check(tokens, [12, 50])
-    monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', 1000)
+    monkeypatch.setitem(getattr(search, limits), 'cpu', 1000)
     for a, b in zip(whole, check(tokens, [12, 50])):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize('budget', [1000, 2**22])
-def test_no_buffer_is_too_small(monkeypatch, budget):
-    # torch enlarges one, with a warning that users would see in every training.
-    monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', budget)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        dpc_knn(randn(2, 196, 64), [12, 49])
-
-
-def test_distances_held_stay_in_the_budget(monkeypatch):
+@pytest.mark.parametrize('way', ['dense', 'in blocks'])
+def test_distances_held_stay_in_the_limit(monkeypatch, way):
     sizes = []
-    real = torch.baddbmm
 
-    def spy(*args, **kwargs):
+    def spy(real, *args, **kwargs):
         out = real(*args, **kwargs)
         sizes.append(out.numel())
         return out
 
-    monkeypatch.setattr(torch, 'baddbmm', spy)
-    monkeypatch.setitem(nearest.BLOCK_ELEMENTS, 'cpu', 2**16)
-    dpc_knn(randn(4, 1024, 8), [16, 64])
-    assert sizes and max(sizes) <= 2**16 < 1024**2
+    for name in ('bmm', 'baddbmm'):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=real, **k: spy(f, *a, **k))
+    choose(way, monkeypatch)
+    monkeypatch.setitem(search.BLOCK_ELEMENTS, 'cpu', 2**14)
+    monkeypatch.setitem(search.DENSE_ELEMENTS, 'cpu', 2**17)
+    dpc_knn(randn(4, 256, 8), [16, 64])
+    assert sizes and max(sizes) <= (2**17 if way == 'dense' else 2**14)
 
 
 PEAK_MEMORY = """
@@ -230,8 +243,7 @@ def test_float32_inside_autocast_when_exported(monkeypatch):
     tokens = randn(1, 400, 16) * 0.05
     tokens[:, ::2] += 1
     plain = dpc_knn(tokens, [25, 100])
-    for user in (nearest, dpc_module):
-        monkeypatch.setattr(user, 'exporting', lambda: True)
+    choose('exported', monkeypatch)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         mixed = dpc_knn(tokens, [25, 100])
     for a, b in zip(plain, mixed):
@@ -268,6 +280,8 @@ def test_not_finite_counts_as_zero(value):
         ((2, 9, 4), [2.5], 5, r'from 1 to N = 9.*\[2\.5\]'),
         ((2, 9, 4), 3, 5, r'sequence of counts, got 3'),
         ((2, 9, 4), [3], 0, 'k must be an integer from 1 up, got 0'),
+        ((2, 9, 4), [3], 2.5, r'k must be an integer from 1 up, got 2\.5'),
+        ((2, 9, 4), [3], '5', "k must be an integer from 1 up, got '5'"),
     ],
 )
 def test_wrong_arguments(shape, counts, k, message):
@@ -299,6 +313,50 @@ def test_exported_graph_needs_no_operator_of_this_package():
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize('way', ['dense', 'in blocks'])
+def test_device_without_float64(way, monkeypatch):
+    """As Apple's: float32 settles the distances."""
+    tokens = randn(2, 200, 8)
+    expected = dpc_knn(tokens, [12, 50])
+    choose(way, monkeypatch)
+    monkeypatch.setattr(search, 'exact_dtype', lambda _: torch.float32)
+    seen = set()
+    real = torch.Tensor.to
+
+    def spy(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.Tensor, 'to', spy)
+    labels = dpc_knn(tokens, [12, 50])
+    assert torch.float64 not in seen
+    assert search.to_integers(tokens)[0].dtype == torch.float32
+    for a, b in zip(labels, expected):
+        # All but near ties.
+        assert (a == b).float().mean() > 0.9
+
+
+@pytest.mark.parametrize('legacy', [True, False])
+def test_float32_is_not_rounded_to_tf32(legacy):
+    """Whatever the user chose, which stays as it was."""
+    matmul = torch.backends.cuda.matmul
+    if not legacy and not hasattr(matmul, 'fp32_precision'):
+        pytest.skip('torch before 2.9')
+    name, chosen = ('allow_tf32', True) if legacy else ('fp32_precision', 'tf32')
+    before = getattr(matmul, name)
+    setattr(matmul, name, chosen)
+    try:
+        with search.full_float32():
+            if hasattr(matmul, 'fp32_precision'):
+                assert matmul.fp32_precision == 'ieee'
+            else:
+                assert not matmul.allow_tf32
+        assert getattr(matmul, name) == chosen
+    finally:
+        setattr(matmul, name, before)
+
+
 # ---- merging
 
 
@@ -316,6 +374,10 @@ def test_merge_by_definition():
     torch.testing.assert_close(merged, expected)
     assert not merged[:, 7].any()  # nobody's cluster
     assert torch.equal(merge_tokens(tokens, labels, 8, weights[..., None]), merged)
+    means = randn(2, 8, 6, seed=3).double()
+    with_means = merge_tokens(tokens, labels, 8, weights, means)
+    assert torch.equal(with_means[:, 7], means[:, 7])
+    assert torch.equal(with_means[:, :7], merged[:, :7])
 
 
 def test_merge_gradients():

@@ -9,23 +9,19 @@ import pytest
 import torch
 from naive import naive_dpc_knn
 
-from clustr_mm.ops import dpc_knn
+from clustr_mm.ops import backend, dpc_knn, search
 
-pytest.importorskip('triton')
+pytest.importorskip('triton.backends', reason='no Triton 3')
 
-# The package exports functions under the names of these modules.
+# The package exports a function under the name of this module.
 dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
-nearest = importlib.import_module('clustr_mm.ops.nearest')
-MODULE = 'clustr_mm.ops.triton_nearest'
+MODULE = 'clustr_mm.ops.triton_search'
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-pytestmark = pytest.mark.skipif(
-    not nearest._triton_is_installed(), reason='no Triton 3'
-)
 interpreted = pytest.mark.skipif(
     'TRITON_INTERPRET' not in os.environ, reason='Triton compiles for the GPU here'
 )
@@ -40,14 +36,14 @@ def kernel(monkeypatch):
     module = importlib.import_module(MODULE)
     seen = []
 
-    def search(queries, *args):
+    def spy(queries, *args):
         seen.append(tuple(queries.shape))
         return module.search(queries, *args)
 
-    monkeypatch.setattr(nearest, '_search_by_kernel', search)
-    for user in (nearest, dpc_module):
-        monkeypatch.setattr(user, 'has_kernel', lambda tokens: True)
-        monkeypatch.setattr(user, 'is_readable', lambda tokens: False)
+    monkeypatch.setattr(search, 'DENSE_TOKENS', 0)
+    monkeypatch.setattr(search, 'find_kernel', lambda tokens: spy)
+    for user in (search, dpc_module):
+        monkeypatch.setattr(user, 'may_read', lambda tokens: False)
     return seen
 
 
@@ -99,29 +95,43 @@ def test_scale(kernel, scale):
 
 
 @interpreted
-def test_candidates_equal_the_torch_path(kernel):
-    """The kernel alone, without the float64 settling behind it."""
+@pytest.mark.parametrize('channels', [5, 64])
+@pytest.mark.parametrize('with_limits', [False, True])
+def test_gaussian_tokens_against_float64(channels, with_limits):
+    """What plain TF32, of ten bits, would get wrong; small integers it would not."""
+    check_against_float64(torch.device('cpu'), channels, with_limits)
+
+
+def check_against_float64(device, channels, with_limits, length=150):
     module = importlib.import_module(MODULE)
-    queries, keys = randn(2, 70, 32), randn(2, 150, 32, seed=1)
-    norms = keys.square().sum(-1)
-    limits = torch.arange(70).expand(2, -1) * 2 + 8
-    for limit in (None, limits):
-        a = module.search(queries, keys, norms, 8, limit).sort(-1)[0]
-        b = nearest._search(queries, keys, norms, 8, limit).sort(-1)[0]
-        assert torch.equal(a, b)
+    queries, keys = randn(2, 70, channels), randn(2, length, channels, seed=1)
+    limits = torch.arange(70).expand(2, -1) * 2 + 8 if with_limits else None
+    found = module.search(
+        *(queries.to(device), keys.to(device), 8),
+        None if limits is None else limits.to(device),
+    ).cpu()
+    distances = torch.cdist(queries.double(), keys.double())
+    if limits is not None:
+        beyond = torch.arange(length) >= limits[..., None]
+        distances = distances.masked_fill(beyond, torch.inf)
+    expected = distances.topk(8, largest=False)[1]
+    assert torch.equal(found.sort(dim=2)[0], expected.sort(dim=2)[0])
 
 
 @interpreted
-def test_fewer_keys_than_neighbours(kernel, monkeypatch):
+def test_fewer_keys_than_wanted(kernel, monkeypatch):
     """What is missing is infinitely far, and no key is its own double."""
-    points = nearest.prepare(randn(1, 70, 16))
+    tokens = search.to_integers(randn(1, 70, 16))[0]
     limits = torch.arange(70).view(1, -1)
-    ours, by_kernel = nearest.nearest(points, 5, limits=limits)
+    ours, by_kernel = search.search(tokens, tokens, 8, limits)
     assert kernel
-    monkeypatch.undo()
-    expected, positions = nearest.nearest(points, 5, limits=limits)
-    assert torch.equal(ours, expected)
-    assert torch.equal(by_kernel[ours.isfinite()], positions[ours.isfinite()])
+    monkeypatch.setattr(search, 'find_kernel', lambda tokens: None)
+    expected, positions = search.search(tokens, tokens, 8, limits)
+    for (a, i), (b, j) in zip(
+        zip(ours[0], by_kernel[0]), zip(expected[0], positions[0])
+    ):
+        assert torch.equal(a.sort()[0], b.sort()[0])
+        assert set(i[a.isfinite()].tolist()) == set(j[b.isfinite()].tolist())
 
 
 @interpreted
@@ -135,13 +145,12 @@ def test_no_peak_is_counted_on_the_host(kernel, monkeypatch, with_kernel):
 
     for name in ('item', '__int__', '__bool__', 'tolist', 'nonzero'):
         monkeypatch.setattr(torch.Tensor, name, fail)
-    for user in (nearest, dpc_module):
-        monkeypatch.setattr(user, 'has_kernel', lambda tokens: with_kernel)
-    monkeypatch.setattr(
-        nearest, '_search_by_kernel', lambda q, k, n, w, limits: torch.zeros(
-            (*q.shape[:2], w), dtype=torch.int64
-        ),
-    )  # fmt: skip
+
+    def nothing(queries, keys, width, limits):
+        return torch.zeros((*queries.shape[:2], width), dtype=torch.int64)
+
+    instead = nothing if with_kernel else None
+    monkeypatch.setattr(search, 'find_kernel', lambda tokens: instead)
     dpc_knn(tokens, [6, 25])
 
 
@@ -166,14 +175,14 @@ def test_precision_that_the_device_offers(
 
 
 def test_cpu_tensors_take_plain_torch():
-    assert not nearest.has_kernel(torch.zeros(1))
+    assert backend.find_kernel(torch.zeros(1)) is None
 
 
 COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from clustr_mm.ops import triton_nearest as module
+from clustr_mm.ops import triton_search as module
 
 capability, channels, width, has_limits = map(int, sys.argv[1:])
 constants = dict(
@@ -211,8 +220,9 @@ def test_compiles_for_gpus(capability, channels, width, has_limits):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('channels', [16, 64, 128, 320, 512])
-def test_on_a_gpu(channels):
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(-3, 4, (2, 3000, channels), generator=generator).float()
+@pytest.mark.parametrize('with_limits', [False, True])
+def test_gaussian_tokens_on_a_gpu(channels, with_limits):
+    check_against_float64(torch.device('cuda'), channels, with_limits, 3000)
+    tokens = randn(2, 3000, channels)
     for a, b in zip(dpc_knn(tokens, [46, 187]), dpc_knn(tokens.cuda(), [46, 187])):
         assert torch.equal(a, b.cpu())

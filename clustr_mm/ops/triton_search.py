@@ -1,15 +1,19 @@
 """Nearest-neighbour search on a GPU, with no distance in memory.
 
-Imported only where Triton is installed, see :func:`nearest.has_kernel`.
+Imported only where it is to be run, see :func:`.backend.find_kernel`.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 #: Queries of one program, and keys it looks at in one step.
 BLOCK_QUERIES, BLOCK_KEYS = 64, 64
+
+#: Channels are padded with zeros to a multiple of this, the least of tensor cores.
+CHANNEL_MULTIPLE = 16
 
 
 @triton.jit(do_not_specialize=['num_queries', 'num_keys'])
@@ -108,15 +112,12 @@ def _search_kernel(
     )
 
 
-def search(
-    queries: Tensor, keys: Tensor, norms: Tensor, width: int, limits: Tensor | None
-) -> Tensor:
+def search(queries: Tensor, keys: Tensor, width: int, limits: Tensor | None) -> Tensor:
     """Find the keys of least float32 distance for every query.
 
     Args:
-        queries (Tensor): (B, Q, C) float32, centred, C a multiple of 16.
+        queries (Tensor): (B, Q, C) float32, centred.
         keys (Tensor): (B, M, C) float32, centred.
-        norms (Tensor): (B, M) float32, squared norms of the keys.
         width (int): Keys wanted per query, at most M.
         limits (Tensor, optional): (B, Q) int64, keys from there on are out.
 
@@ -126,12 +127,14 @@ def search(
     """
     batch, num_queries, channels = queries.shape
     num_keys = keys.shape[1]
+    norms = keys.square().sum(dim=2)
+    pad = (0, -channels % CHANNEL_MULTIPLE)
     found = queries.new_empty((batch, num_queries, width), dtype=torch.int32)
     grid = (triton.cdiv(num_queries, BLOCK_QUERIES) * batch,)
     with torch.cuda.device_of(queries):
         _search_kernel[grid](
-            queries.contiguous(),
-            keys.contiguous(),
+            F.pad(queries, pad).contiguous(),
+            F.pad(keys, pad).contiguous(),
             norms.contiguous(),
             norms if limits is None else limits.contiguous(),
             found,
@@ -139,9 +142,9 @@ def search(
             num_keys,
             WIDTH=width,
             SLOTS=triton.next_power_of_2(width),
-            CHANNELS=channels,
+            CHANNELS=channels + pad[1],
             # More channels at a time would not fit the registers.
-            CHUNK=32 if channels % 32 == 0 else 16,
+            CHUNK=32 if (channels + pad[1]) % 32 == 0 else 16,
             HAS_LIMITS=limits is not None,
             PRECISION=_precision(queries.device),
             BLOCK_Q=BLOCK_QUERIES,

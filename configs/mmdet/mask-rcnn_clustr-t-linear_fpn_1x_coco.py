@@ -1,0 +1,2 @@
+_base_ = './mask-rcnn_clustr-t_fpn_1x_coco.py'
+model = dict(backbone=dict(clusterer=dict(type='KMeans'), max_clusters=49))

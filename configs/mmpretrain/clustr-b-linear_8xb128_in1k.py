@@ -1,0 +1,2 @@
+_base_ = './clustr-b_8xb128_in1k.py'
+model = dict(backbone=dict(clusterer=dict(type='KMeans'), max_clusters=49))

@@ -1,0 +1,274 @@
+"""What a GPU would run, shown without one.
+
+In FakeTensorMode tensors have a device, a shape and no numbers: what asks for a number
+fails there, and it can be seen where every tensor is, and how large.
+"""
+
+import importlib
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch_versions import compiles
+
+from clustr_mm.benchmark.kernels import count_kernels, on_fake_gpu
+from clustr_mm.flops import load_model
+from clustr_mm.ops import kmeans, merge_tokens, set_search_backend
+
+sys.path.append(str(Path(__file__).parent / 'test_models'))
+
+from backbones import for_all, make_model  # noqa: E402
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+
+# The package exports a function under the name of this module.
+dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
+
+pytestmark = compiles
+
+#: Operators whose result depends on numbers, so that the CPU waits for them.
+TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+#: Their index may be a mask, which is no better; otherwise it is not read.
+INDEXED = (
+    'aten::index',
+    'aten::index_put',
+    'aten::index_put_',
+    'aten::_index_put_impl_',
+)
+
+#: Bytes of the largest tensor there may be.
+LARGEST = 2**29
+
+
+class Watch(TorchDispatchMode):
+    """Fails at the first operator that a GPU would have to wait for.
+
+    Nothing is read back, and nothing comes from or goes to the memory of the CPU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.dtypes = set()
+        self.operators = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in INDEXED:
+            masks = [i for i in args[1] if i is not None and i.dtype != torch.int64]
+            assert not masks, f'{func} by a mask'
+        else:
+            assert not TAGS & set(func.tags), f'{func} is read back'
+        out = func(*args, **(kwargs or {}))
+        for value in tree_flatten((args, kwargs, out))[0]:
+            if isinstance(value, torch.Tensor):
+                assert value.is_cuda, f'{func} has a tensor on the {value.device}'
+                size = value.untyped_storage().nbytes()
+                self.largest = max(self.largest, size)
+                self.dtypes.add(value.dtype)
+        self.operators.add(name)
+        return out
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """A GPU that autocast believes in, for tensors without numbers."""
+    no_amp = 'torch.cuda.amp.common.amp_definitely_not_available'
+    monkeypatch.setattr(no_amp, lambda: False)
+    monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda: True)
+    # The kernel cannot run without numbers; count_kernels() has a stand-in.
+    set_search_backend('torch')
+    with FakeTensorMode():
+        yield
+    set_search_backend(None)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The clustering runs as the operators that it is made of."""
+    monkeypatch.setattr(torch.ops.clustr_mm, 'dpc_knn', dpc_module._dpc_knn)
+
+
+def rand(*shape):
+    return torch.empty(*shape, device='cuda')
+
+
+def labels(batch, length):
+    return torch.empty(batch, length, dtype=torch.int64, device='cuda')
+
+
+def run(model, size, train=False, dtype=None):
+    """Outputs of a model, or what else takes an image, and the watch over it."""
+    autocast = torch.autocast('cuda', dtype) if dtype else nullcontext()
+    with torch.set_grad_enabled(train), autocast, Watch() as watch:
+        outs = model(rand(*size))
+    outs = [out for out in tree_flatten(outs)[0] if isinstance(out, torch.Tensor)]
+    assert outs
+    assert all(out.is_cuda for out in outs)
+    assert all(out.requires_grad == train for out in outs)
+    if dtype:
+        assert dtype in watch.dtypes
+    return outs, watch
+
+
+# --- Backbones --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('train', [False, True])
+@for_all
+def test_backbones(name, train, dtype):
+    with torch.device('cuda'):
+        model = make_model(name, drop_path_rate=0.3, drop_rate=0.1).train(train)
+    run(model, (2, 3, 224, 256), train, dtype)
+
+
+@pytest.mark.parametrize('dtype', [None, torch.float16])
+@pytest.mark.parametrize('name', ['ClusTR', 'ClusTR, windows', 'STT', 'STT, class'])
+def test_backbones_with_the_clustering_opened(name, dtype, opened):
+    with torch.device('cuda'):
+        model = make_model(name)
+    _, watch = run(model, (2, 3, 224, 256), True, dtype)
+    assert 'clustr_mm::dpc_knn' not in watch.operators
+
+
+# --- Whole models -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [None, torch.float16])
+@pytest.mark.parametrize(
+    'config',
+    [
+        'mmdet/retinanet_clustr-s_fpn_1x_coco.py',
+        'mmdet/retinanet_clustr-s-linear_fpn_1x_coco.py',
+        'mmpose/td-hm_clustr-t_8xb64-210e_coco-wholebody-256x192.py',
+        'mmpose/td-hm_clustr-s-linear_8xb64-210e_coco-wholebody-256x192.py',
+        'mmpretrain/clustr-t_8xb128_in1k.py',
+        'mmpretrain/clustr-t-linear_8xb128_in1k.py',
+        'mmseg/fpn_clustr-t_4xb4-80k_ade20k-512x512.py',
+        'mmseg/fpn_clustr-t-linear_4xb4-80k_ade20k-512x512.py',
+        'mmseg/upernet_clustr-t_8xb2-160k_ade20k-512x512.py',
+    ],
+)
+def test_whole_models(config, dtype):
+    model = whole_model(config)
+    run(lambda image: model(image, None, mode='tensor'), (2, 3, 256, 192), True, dtype)
+
+
+@pytest.mark.parametrize('way', ['', '-linear'])
+def test_features_of_mask_rcnn(way):
+    """What is after them depends on numbers: how many boxes there are."""
+    model = whole_model(f'mmdet/mask-rcnn_clustr-t{way}_fpn_1x_coco.py')
+    outs, _ = run(model.extract_feat, (1, 3, 800, 1344), True)
+    assert len(outs) == 5
+
+
+def whole_model(config):
+    """With gradients, in evaluation: PSP modules want more than one number."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        _, model = load_model(str(CONFIGS / config))
+    model.train()
+    return on_fake_gpu(model)
+
+
+# --- Clustering -------------------------------------------------------------------
+
+
+def cluster(tokens):
+    return dpc_module._dpc_knn(tokens, (49, 196), 5)
+
+
+@contextmanager
+def watched():
+    """Also the size of what there is at a time has a limit."""
+    with Watch() as watch:
+        yield
+    assert 0 < watch.largest <= LARGEST
+
+
+@pytest.mark.parametrize('length', [784, 3136, 67200])
+def test_dpc_knn(length):
+    """With all distances in one matrix, and in blocks."""
+    with watched():
+        found = cluster(rand(2, length, 64))
+    assert [f.shape for f in found] == [(2, length)] * 2
+
+
+def test_kmeans_and_merge():
+    tokens = rand(2, 200 * 336, 64)
+    with watched():
+        places, counts, means = kmeans(tokens, (200, 336), (49, 196))
+        for place, count, mean in zip(places, counts, means):
+            merged = merge_tokens(tokens, place, count, rand(2, 67200), mean)
+            assert merged.shape == (2, count, 64)
+
+
+# --- Kernels ----------------------------------------------------------------------
+
+
+def kernels(function, *args):
+    with count_kernels() as counts:
+        function(*args)
+    return counts.total()
+
+
+def test_what_is_a_kernel():
+    """Not views, allocations nor metadata; attention is one."""
+    x = rand(2, 8, 4)
+    assert kernels(lambda: x.transpose(1, 2).split(2, 1)[0].detach().view(-1)) == 0
+    assert kernels(lambda: (torch.empty_like(x), x.new_empty(3), x.device)) == 0
+    assert kernels(lambda: x.add_(1).mul(x).sort()) == 3
+    assert kernels(lambda: torch.arange(3, device='cuda')) == 1
+    assert (
+        kernels(nn.functional.scaled_dot_product_attention, *[rand(1, 2, 8, 4)] * 3)
+        == 1
+    )
+
+
+@pytest.mark.parametrize('length', [784, 3136])
+def test_kernels_of_dpc_knn(length):
+    """In one matrix, and with the search of the GPU."""
+    if length > 1024:
+        pytest.importorskip('triton.backends', reason='no Triton 3')
+    assert kernels(cluster, rand(2, length, 128)) <= 60
+
+
+def test_kernels_of_kmeans():
+    two, three = (
+        kernels(kmeans, rand(2, 3136, 128), (56, 56), (49, 196), steps)
+        for steps in (2, 3)
+    )
+    assert (three - two) / 2 <= 15  # for each of the two scales
+    assert three <= 60
+
+
+# --- The watch itself -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'what',
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.index_put_((x > 0,), x),
+        lambda x: x.cpu(),
+        lambda x: x + torch.arange(3, device='cpu').cuda(),
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0], device='cuda'),
+        lambda x: torch.zeros(3),
+    ],
+)
+def test_watch(what):
+    x = rand(3)
+    with pytest.raises(AssertionError), Watch():
+        what(x)
