@@ -60,7 +60,7 @@ class Flops:
             layers, and the attention products of the coarse scale, as if there
             were no other. (Inferred: the figures for 224 x 224 are met within
             0.5 %; PVT's counting script, which knows one scale, adds the same.)
-            None for other models.
+            None for other models and other clusterings.
     """
 
     name: str
@@ -110,6 +110,11 @@ def count_flops(
     image = torch.zeros(1, channels, height, width, device=device)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     model = deepcopy(model).to(device)
+    clusterers = [m.clusterer for m in model.modules() if hasattr(m, 'clusterer')]
+    is_papers = isinstance(model, ClusTR) and all(
+        isinstance(c, DPCKNN) and c.window is None for c in clusterers
+    )
+    is_papers &= all(getattr(m, 'max_clusters', None) is None for m in model.modules())
     model.eval()  # which returns None in some toolboxes
     # With gradients, lest nn.MultiheadAttention takes a fused way that the counter
     # does not know.
@@ -126,7 +131,7 @@ def count_flops(
         else:
             layers += count // 2
     flops = Flops(name, height, width, parameters, layers, attention, sum(clustering))
-    if isinstance(model, ClusTR):
+    if is_papers:
         flops.published = layers + _coarse_products(model, height, width)
     return flops
 

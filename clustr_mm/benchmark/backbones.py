@@ -55,7 +55,7 @@ WAYS = {
 #: Our own backbones: <type>-<arch>, and what only some of them know.
 OURS = re.compile(
     r'(?P<type>[a-z]+)-(?P<arch>[a-z0-9]+)'
-    r'(-w(?P<window>[1-9]\d*))?(?P<way>-textbook|-linear|-grid)?'
+    r'(?:(-w(?P<window>[1-9]\d*))?(?P<textbook>-textbook)?|(?P<way>-linear|-grid))'
 )
 
 
@@ -132,7 +132,7 @@ def find_backbone(name: str) -> Backbone:
     cls = preset and our_types().get(preset['type'])
     if cls and preset['arch'] in cls.arch_zoo:
         cfg = dict(type=cls.__name__, arch=preset['arch'])
-        cfg.update(WAYS.get(preset['way'], {}))
+        cfg.update(WAYS.get(preset['way'] or preset['textbook'], {}))
         if preset['window']:
             clusterer = cfg.get('clusterer', dict(type='DPCKNN'))
             cfg['clusterer'] = dict(clusterer, window=int(preset['window']))

@@ -19,17 +19,10 @@ CONTAINERS = ('state_dict', 'model')
 
 
 def rename(key: str, names: Names) -> str:
-    """A backbone's own name of a key of a state dict.
+    """A backbone's own name of a key, a foreign one, or one with a prefix.
 
-    Args:
-        key (str): A name of this package's or a foreign one, perhaps with a prefix such
-            as ``module.`` or ``backbone.``.
-        names (Sequence[tuple[str, str]]): Foreign names as (regular expression,
-            replacement); if the expression has a group, it is a number from 1, and
-            ``{}`` in the replacement is that less one.
-
-    Returns:
-        str: The name.
+    ``names`` are foreign ones as (regular expression, replacement). If the expression
+    has a group, it is a number from 1, and ``{}`` in the replacement is that less one.
     """
     name = WRAPPERS.sub('', key)
     for pattern, replacement in names:
@@ -79,17 +72,11 @@ def find_parameters(
 def translate_names(
     module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Rename a state dict to the names of a backbone; its ``load_state_dict`` pre-hook.
-
-    Args:
-        module (PyramidBackbone): Has ``public_names``, and ``requires_all`` if what is
-            missing is an error instead of the caller's business.
-        state_dict (MutableMapping): Changed in place.
-        prefix (str): What the names of the backbone begin with.
+    """Rename a state dict, in place; the ``load_state_dict`` pre-hook of a backbone.
 
     Raises:
-        RuntimeError: If two keys mean the same parameter, or parameters are missing
-            that must be there.
+        RuntimeError: If two keys mean the same parameter; or if parameters are missing,
+            for a backbone that ``requires_all``.
     """
     if not prefix:
         unwrap(state_dict)
@@ -110,13 +97,9 @@ def translate_names(
 def check_complete(
     module: nn.Module, state_dict: Mapping[str, Any], found: Mapping[str, str]
 ) -> None:
-    """Refuse weights that do not fit a backbone.
+    """Refuse weights that do not fit a backbone, ``found`` by :func:`find_parameters`.
 
-    Args:
-        module (PyramidBackbone): The backbone. What its ``optional_names`` begin may be
-            missing, all or nothing.
-        state_dict (Mapping): The weights.
-        found (Mapping): Keys by own names, see :func:`find_parameters`.
+    What its ``optional_names`` begin may be missing, all or nothing.
 
     Raises:
         RuntimeError: If parameters are missing, have another shape, or stages have more

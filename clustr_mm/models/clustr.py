@@ -165,7 +165,8 @@ class ClusTR(PyramidBackbone):
         max_clusters (int, optional): Most coarse clusters of an image in a stage, at
             least 1; there are up to four times as many fine ones. With 49, as many as
             every stage has at 224 x 224, and k-means the cost is linear in the
-            pixels. Defaults to None, no limit, as in the paper.
+            pixels, but for the full attention at stride 32. Defaults to None, no
+            limit, as in the paper.
         in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
         frozen_stages, with_cp, norm_cfg, init_cfg: See :class:`PyramidBackbone`. With
             ``with_cp`` the clusters are kept, and not found again.
@@ -228,19 +229,10 @@ class ClusTR(PyramidBackbone):
             raise TypeError(f'ClusTR: unexpected keyword argument {name!r}; {hint}')
         check_number('max_clusters', max_clusters, optional=True)
         super().__init__(
-            arch,
-            in_channels,
-            drop_rate,
-            attn_drop_rate,
-            drop_path_rate,
-            out_indices,
-            frozen_stages,
-            with_cp,
-            norm_cfg,
-            init_cfg,
-            clusterer=clusterer or dict(type='DPCKNN'),
-            max_clusters=max_clusters,
-        )
+            arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+            frozen_stages, with_cp, norm_cfg, init_cfg,
+            clusterer=clusterer or dict(type='DPCKNN'), max_clusters=max_clusters,
+        )  # fmt: skip
 
     def make_stage(
         self,
@@ -278,20 +270,10 @@ class ClusTR(PyramidBackbone):
 
 
 def build_clusterer(cfg: dict, stride: int, max_clusters: int | None) -> Callable:
-    """Build the clusterer of a stage.
-
-    Args:
-        cfg (dict): Its config.
-        stride (int): Pixels between the tokens of the stage; a clusterer that has an
-            attribute of this name is told.
-        max_clusters (int, optional): See :class:`ClusTR`.
-
-    Returns:
-        Callable: The clusterer.
+    """Build the clusterer of a stage, and tell it the stride if it has such a thing.
 
     Raises:
-        ValueError: If the config is none, or its windows are at odds with
-            ``max_clusters``.
+        ValueError: If the config is none, or at odds with ``max_clusters``.
     """
     if not isinstance(cfg, dict) or 'type' not in cfg:
         raise ValueError(

@@ -353,17 +353,9 @@ class DualViT(PyramidBackbone):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(
-            arch,
-            in_channels,
-            drop_rate,
-            attn_drop_rate,
-            drop_path_rate,
-            out_indices,
-            frozen_stages,
-            with_cp,
-            norm_cfg,
-            init_cfg,
-        )
+            arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+            frozen_stages, with_cp, norm_cfg, init_cfg,
+        )  # fmt: skip
 
     @classmethod
     def check_arch(cls, arch: str | dict) -> dict:

@@ -28,19 +28,11 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def build_norm(cfg: dict, num_features: int) -> nn.Module:
-    """Build a norm over the channels of (B, N, C) tokens.
+    """Build a norm over the ``num_features`` channels of (B, N, C) tokens.
 
-    Args:
-        cfg (dict): ``type`` is 'LN' or a registered class that takes the
-            number of channels first; ``requires_grad`` (default True) freezes
-            the parameters; the rest goes to the class.
-        num_features (int): C.
-
-    Returns:
-        nn.Module: The norm.
-
-    Raises:
-        ValueError: If ``type`` is missing or unknown.
+    In ``cfg``, ``type`` is 'LN' or a registered class that takes the number of channels
+    first, all else a ValueError; ``requires_grad=False`` freezes the parameters; the
+    rest goes to the class.
     """
     cfg = dict(cfg)
     name = cfg.pop('type', None)
@@ -283,16 +275,10 @@ class FullAttention(nn.Module):
     def forward(
         self, x: Tensor, hw: tuple[int, int] | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Attend, whatever the order of the tokens.
+        """Map tokens (B, N, C) to the same shape, whatever their order.
 
-        Args:
-            x (Tensor): Tokens (B, N, C).
-            hw (tuple[int, int], optional): Not used; what other kinds of
-                attention need. Defaults to None.
-            mask (Tensor, optional): (B, N) bool, see :func:`attend`.
-
-        Returns:
-            Tensor: Of the shape of ``x``.
+        ``hw`` is what other kinds of attention need; ``mask``, (B, N) bool, is that of
+        :func:`attend`.
         """
         return self.drop(self.proj(self.attend(self.q(x), self.kv(x), mask)))
 

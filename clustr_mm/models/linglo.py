@@ -173,18 +173,10 @@ class LinGlo(PyramidBackbone):
                 f'window must be an odd number of tokens from 1 up, got {window}'
             )
         super().__init__(
-            arch,
-            in_channels,
-            drop_rate,
-            attn_drop_rate,
-            drop_path_rate,
-            out_indices,
-            frozen_stages,
-            with_cp,
-            norm_cfg,
-            init_cfg,
+            arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+            frozen_stages, with_cp, norm_cfg, init_cfg,
             window=window,
-        )
+        )  # fmt: skip
 
     def make_stage(
         self, index: int, drop_path_rates: Sequence[float], window: int

@@ -168,11 +168,12 @@ class PyramidBackbone(BaseModule):
         self.arch_settings = self.check_arch(arch)
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f'in_channels must be at least 1, got {in_channels!r}')
-        for name, rate in [
-            ('drop_rate', drop_rate),
-            ('attn_drop_rate', attn_drop_rate),
-            ('drop_path_rate', drop_path_rate),
-        ]:
+        rates = dict(
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        for name, rate in rates.items():
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
         depths = self.arch_settings['depths']
@@ -192,7 +193,6 @@ class PyramidBackbone(BaseModule):
         self.in_channels = in_channels
         self.drop_rate = drop_rate
         self.attn_drop_rate = attn_drop_rate
-        self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.norm_cfg = dict(norm_cfg or dict(type='LN', eps=1e-6))
@@ -216,16 +216,10 @@ class PyramidBackbone(BaseModule):
     def make_stage(
         self, index: int, drop_path_rates: Sequence[float], **options: Any
     ) -> nn.Module:
-        """Build stage ``index`` with as many blocks as there are rates.
+        """Build stage ``index``, from 0, with as many blocks as there are rates.
 
-        Args:
-            index (int): From 0.
-            drop_path_rates (Sequence[float]): Stochastic depth of its blocks.
-            **options (Any): A subclass names what it takes.
-
-        Returns:
-            nn.Module: Maps what the stage before returns, the image for stage
-            0, to what the next one takes.
+        It maps what the stage before returns, the image for stage 0, to what the next
+        one takes. A subclass names the options that it takes.
         """
         raise NotImplementedError
 
@@ -248,17 +242,11 @@ class PyramidBackbone(BaseModule):
             self.requires_all = False
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter, for layer-wise decay of the learning rate.
+        """Depth of a parameter and number of depths, for layer-wise learning rates.
 
-        Args:
-            param_name (str): Its name in the model.
-            prefix (str): What the names of the backbone begin with in the model.
-                Defaults to ''.
-
-        Returns:
-            tuple[int, int]: Depth and number of depths: 0 before the first block, one
-            more with each block, the last of them after all blocks. What stands
-            between two blocks belongs to the one before.
+        The depth is 0 before the first block, one more with each block, and highest
+        after all of them; what stands between two blocks belongs to the one before.
+        ``prefix`` is what the names of the backbone begin with in the model.
         """
         depths = self.arch_settings['depths'][: len(self.stages)]
         number = sum(depths) + 2

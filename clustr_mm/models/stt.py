@@ -306,17 +306,9 @@ class STT(PyramidBackbone):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(
-            arch,
-            in_channels,
-            drop_rate,
-            attn_drop_rate,
-            drop_path_rate,
-            out_indices,
-            frozen_stages,
-            with_cp,
-            norm_cfg,
-            init_cfg,
-        )
+            arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
+            frozen_stages, with_cp, norm_cfg, init_cfg,
+        )  # fmt: skip
         self.with_cls = with_cls
         embed_dims = self.arch_settings['embed_dims'][0]
         if with_cls:

@@ -16,15 +16,7 @@ TRACE = 2.0**-60
 
 
 def grid_shape(hw: tuple[int, int], count: int) -> tuple[int, int]:
-    """Rows and columns of at most ``count`` cells, as square as they can be.
-
-    Args:
-        hw (tuple[int, int]): Height and width of the map, in tokens.
-        count (int): From 1 to ``h * w``.
-
-    Returns:
-        tuple[int, int]: At most as many as the map has rows and columns.
-    """
+    """Rows and columns of at most ``count`` cells, as square as they can be."""
     height, width = hw
     ideal = (count * height / width) ** 0.5
     shapes = []
@@ -152,18 +144,14 @@ def _kmeans(
     shape: tuple[int, int],
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """k-means of weighted points on a map.
+    """k-means of weighted points on a map, from the cells of a grid of some shape.
 
     Args:
         points (Tensor): (B, h * w, C).
         sums (Tensor): (B, h * w, C + 1), the points times their weight, and the weight.
-        hw (tuple[int, int]): h and w of the map.
-        shape (tuple[int, int]): Rows and columns of the grid to start from.
-        steps (int): See :func:`kmeans`.
 
     Returns:
-        tuple[Tensor, Tensor]: Labels (B, h * w), and the clusters (B, M, C + 1) in
-        the form of ``sums``.
+        tuple[Tensor, Tensor]: Labels (B, h * w), and sums of clusters (B, M, C + 1).
     """
     number = shape[0] * shape[1]
     cells = sums.unflatten(1, hw).permute(0, 3, 1, 2)

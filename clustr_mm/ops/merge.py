@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dpc_knn import check_tokens
+from .dpc_knn import check_number, check_tokens
 
 #: Added to the weight sum of a cluster, as in the paper's public figures.
 EPS = 1e-6
@@ -18,11 +18,10 @@ def merge_tokens(
 ) -> Tensor:
     """Merge the tokens of every cluster into their weighted mean.
 
-    Cluster ``m`` becomes ``sum(w_i * x_i) / (sum(w_i) + 1e-6)`` over its
-    tokens ``i`` (ClusTR, arXiv 2208.13138, token aggregation). Sums run in
-    float32 (float64 for float64 tokens) whatever the input or autocast, and
-    in a fixed order, so that equal inputs give equal bits on a GPU as well.
-    Gradients flow to ``tokens`` and ``weights``.
+    Cluster ``m`` becomes ``sum(w_i * x_i) / (sum(w_i) + 1e-6)`` over its tokens ``i``
+    (ClusTR, arXiv 2208.13138, token aggregation). Sums run in float32 (float64 for
+    float64 tokens) whatever the input or autocast, and in a fixed order, so that equal
+    inputs give equal bits on a GPU as well. Gradients flow to tokens and weights.
 
     Args:
         tokens (Tensor): (B, N, C), floating point.
@@ -41,18 +40,14 @@ def merge_tokens(
     """
     check_tokens(tokens)
     batch, length, channels = tokens.shape
-    if labels.shape != (batch, length) or labels.dtype != torch.int64:
-        raise ValueError(
-            f'labels must be int64 of shape {(batch, length)}, got '
-            f'{tuple(labels.shape)} of {labels.dtype}'
-        )
-    if weights.shape not in ((batch, length), (batch, length, 1)):
-        raise ValueError(
-            f'weights must have shape {(batch, length)} or '
-            f'{(batch, length, 1)}, got {tuple(weights.shape)}'
-        )
-    if num_clusters < 1:
-        raise ValueError(f'num_clusters must be at least 1, got {num_clusters}')
+    shape = (batch, length)
+    if labels.shape != shape or labels.dtype != torch.int64:
+        kind = f'{tuple(labels.shape)} of {labels.dtype}'
+        raise ValueError(f'labels must be int64 of shape {shape}, got {kind}')
+    if weights.shape not in (shape, (*shape, 1)):
+        both, got = f'{shape} or {(*shape, 1)}', tuple(weights.shape)
+        raise ValueError(f'weights must have shape {both}, got {got}')
+    check_number('num_clusters', num_clusters)
 
     # Autocast does not know the meta device.
     kind = 'cpu' if tokens.is_meta else tokens.device.type

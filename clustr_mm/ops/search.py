@@ -105,24 +105,16 @@ class DenseSearch:
         self.distances = squared_distances(integers, integers)
 
     def nearest(self, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` nearest tokens, oneself included.
-
-        Returns:
-            tuple[Tensor, Tensor]: Squared distances (B, N, k) and token indices.
-        """
+        """Squared distances and indices (B, N, k) of the nearest, oneself included."""
         return self.distances.topk(k, dim=-1, largest=False)
 
     def nearest_before(self, rank: Tensor, queries: Tensor, limits: Tensor) -> Tensor:
-        """Squared distance to the nearest of the first tokens of a ranking.
+        """Squared distance (B, Q) to the nearest token of a rank below the limit.
 
         Args:
-            rank (Tensor): (B, N) int64, the place of every token in the ranking.
+            rank (Tensor): (B, N) int64, the place of every token in a ranking.
             queries (Tensor): (B, Q) int64 token indices.
-            limits (Tensor): (B, Q) int64. Query ``i`` sees only tokens of lower
-                rank than ``limits[:, i]``.
-
-        Returns:
-            Tensor: (B, Q), infinite for queries that see none.
+            limits (Tensor): (B, Q) int64; the distance is infinite where it is 0.
         """
         seen = rank.unsqueeze(1) < limits.unsqueeze(2)
         distances = torch.where(seen, take(self.distances, queries), torch.inf)
@@ -131,11 +123,7 @@ class DenseSearch:
     def nearest_of(self, chosen: Tensor) -> Tensor:
         """Which of the chosen tokens is nearest; of equally near ones the first.
 
-        Args:
-            chosen (Tensor): (B, M) int64 token indices, rising.
-
-        Returns:
-            Tensor: (B, N) int64, places in ``chosen``.
+        ``chosen`` are rising token indices (B, M); the result are places in it, (B, N).
         """
         # min() takes the first of several, and is faster than argmin().
         return take(self.distances, chosen).min(dim=1)[1]
