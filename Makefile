@@ -1,12 +1,15 @@
 # make demo    install if needed, train and evaluate on toy data, draw a picture
 # make test    install if needed, run the whole test suite
 # make coverage the same suite, and which lines of the package it runs
+# make gpu     accept the package on a GPU (needs torch, Triton and mmengine only)
 # make lint    check style; `make format` mends what can be mended
 # make install only install; MMCV_OPS=1 compiles mmcv's ops (20 minutes on 2 cores)
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Nothing is installed for `make gpu`.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
 PIP := $(BIN)/pip --disable-pip-version-check install -c requirements/versions.txt
 
 # The compiled mmcv stays in use once it is installed.
@@ -18,7 +21,7 @@ endif
 # Written last: an interrupted installation goes on where it was.
 INSTALLED := $(VENV)/.installed-$(MMCV)
 
-.PHONY: install demo test coverage lint format
+.PHONY: install demo test coverage gpu lint format
 
 install: $(INSTALLED)
 
@@ -30,6 +33,9 @@ test: $(INSTALLED)
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m pytest --cov=clustr_mm --cov-report=term-missing
+
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) tools/gpu_acceptance.py $(GPU_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,15 +1,9 @@
 """Memory of a training step on a GPU, counted without one.
 
 Every operation of the forward and the backward pass runs on tensors without numbers
-(FakeTensorMode), and their sizes are added up (MemTracker): what a GPU holds at the
-peak, apart from what its libraries take for themselves.
-
-Examples:
-    python tools/training_memory.py
-    python tools/training_memory.py --inputs 4x512x512 --backbones clustr-s-linear
+(FakeTensorMode), and their sizes are added up (MemTracker). Takes some minutes.
+Example: python tools/training_memory.py --inputs 4x512x512 --backbones clustr-s-linear
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib
@@ -17,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from unittest import mock
 
 import torch
@@ -33,37 +28,38 @@ dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
 
 BASELINE = 'pvtv2-b2'
 
-CAPTION = (
-    'GiB that tensors take at the peak of a training step (forward and backward pass, '
-    'bfloat16 autocast, no optimizer): parameters, gradients, activations and '
-    'temporary ones, counted operation by operation without a GPU; in parentheses the '
-    'ratio to {baseline} without `with_cp`. The clustering is counted the same way, '
-    'with the blocks of a GPU (2**{block} numbers at a time): "(Triton)" by the '
-    'kernel, which keeps no distance in memory, "(torch)" by plain torch. Workspace '
-    'of cuBLAS and cuDNN, sorting and the allocator come on top.'
-)
+CAPTION = f"""\
+GiB that tensors take at the peak of a training step (forward and backward pass,
+bfloat16 autocast, no optimizer), counted operation by operation without a GPU:
+parameters, gradients, activations and temporary ones. In parentheses: over {BASELINE}
+without `with_cp`. The clustering is counted in the same way, with the blocks of a GPU
+({search.BLOCK_ELEMENTS['cuda']} numbers at a time): "(Triton)" by the kernel, which
+keeps no distance in memory, "(torch)" by plain torch. Norms and softmax are float32, as
+in autocast on a GPU. Workspace of cuBLAS, cuDNN and of sorting, and what the allocator
+rounds up, come on top.
+"""
 
 
 @contextmanager
 def as_on_a_gpu(triton: bool) -> Iterator[None]:
     """Have tensors of the CPU take the ways of a GPU."""
-    blocks = {'cpu': search.BLOCK_ELEMENTS['cuda']}
-    dense = {'cpu': search.DENSE_ELEMENTS['cuda']}
 
     def cluster(tokens: Tensor, counts: Sequence[int], k: int) -> list[Tensor]:
         # Not the operator, in which nothing is counted.
         return dpc_module._dpc_knn(tokens.detach(), counts, k)
 
-    patches = [
-        mock.patch.dict(search.BLOCK_ELEMENTS, blocks),
-        mock.patch.dict(search.DENSE_ELEMENTS, dense),
-        mock.patch.object(clusterers, 'dpc_knn', cluster),
-        mock.patch.object(search, 'may_read', lambda tokens: False),
-        mock.patch.object(dpc_module, 'may_read', lambda tokens: False),
-        # What autocast computes in float32 on a GPU, and not on a CPU.
-        mock.patch.object(F, 'layer_norm', in_float32(F.layer_norm)),
-        mock.patch.object(F, 'softmax', in_float32(F.softmax)),
-    ]
+    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # As autocast does on a GPU, and not on a CPU.
+        return lambda x, *args, **kwargs: function(x.float(), *args, **kwargs)
+
+    patches = [mock.patch.object(clusterers, 'dpc_knn', cluster)]
+    for limits in (search.BLOCK_ELEMENTS, search.DENSE_ELEMENTS):
+        patches.append(mock.patch.dict(limits, cpu=limits['cuda']))
+    for module in (search, dpc_module):
+        patches.append(mock.patch.object(module, 'may_read', lambda _: False))
+    for name in ('layer_norm', 'softmax'):
+        wide = in_float32(getattr(F, name))
+        patches.append(mock.patch.object(F, name, wide))
     if triton:
         patches.append(mock.patch.object(search, 'find_kernel', lambda _: fake_kernel))
     with ExitStack() as stack:
@@ -72,33 +68,23 @@ def as_on_a_gpu(triton: bool) -> Iterator[None]:
         yield
 
 
-def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function of the first argument in float32."""
-    return lambda x, *args, **kwargs: function(x.float(), *args, **kwargs)
-
-
-def fake_kernel(
-    queries: Tensor, keys: Tensor, width: int, limits: Tensor | None
-) -> Tensor:
+def fake_kernel(queries: Tensor, keys: Tensor, width: int, *_: Tensor | None) -> Tensor:
     """Take the memory that ``clustr_mm.ops.triton_search.search`` takes."""
-    norms = keys.square().sum(dim=2)
-    found = queries.new_empty((*queries.shape[:2], width), dtype=torch.int32)
-    # Inputs of other widths are padded to whole tiles.
-    padded = [F.pad(x, (0, -x.shape[2] % 16)) for x in (queries, keys)]
-    del norms, padded
-    return found.long()
+    # Padded inputs, norms, and positions in 32 and 64 bits.
+    taken = [torch.empty_like(queries), torch.empty_like(keys), keys[..., 0].clone()]
+    found = queries.new_empty((*queries.shape[:2], width), dtype=torch.int32).long()
+    del taken
+    return found
 
 
 def strip_numbers(model: nn.Module) -> None:
     """Make parameters and buffers fake ones; call it in FakeTensorMode."""
     for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                empty = torch.empty(value.shape, dtype=value.dtype)
-                module._parameters[name] = nn.Parameter(empty, value.requires_grad)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+        for values in (module._parameters, module._buffers):
+            for name, value in values.items():
+                if value is not None:
+                    kind = dict(dtype=value.dtype, requires_grad=value.requires_grad)
+                    values[name] = torch.empty(value.shape, **kind)
 
 
 def peak_memory(backbone: Backbone, shape: tuple[int, ...], triton: bool) -> int:
@@ -120,18 +106,18 @@ def peak_memory(backbone: Backbone, shape: tuple[int, ...], triton: bool) -> int
     return snapshot[torch.device('cpu')]['Total']
 
 
-def plan(names: Sequence[str]) -> Iterator[tuple[str, Backbone, bool, bool]]:
-    """Rows of the table: label, backbone, ``with_cp``, by the Triton kernel."""
+def plan(names: Sequence[str]) -> Iterator[tuple[str, Backbone, bool]]:
+    """Rows of the table: label, backbone, and whether the Triton kernel searches."""
     for name in names:
         backbone = find_backbone(name)
         ours = backbone.cfg['type'] == 'ClusTR'
-        exact = ours and backbone.cfg.get('clusterer', {}).get('type') is None
-        for with_cp in (False, True) if ours else (False,):
+        exact = ours and 'clusterer' not in backbone.cfg
+        kinds = product((False, True)[: 1 + ours], (False, True)[: 1 + exact])
+        for with_cp, triton in kinds:
             cfg = dict(backbone.cfg, with_cp=True) if with_cp else backbone.cfg
-            for triton in (True, False) if exact else (False,):
-                way = (' (Triton)' if triton else ' (torch)') if exact else ''
-                label = f'{name}{way}{", with_cp" if with_cp else ""}'
-                yield label, Backbone(label, cfg, backbone.scope), with_cp, triton
+            way = (' (Triton)' if triton else ' (torch)') if exact else ''
+            label = f'{name}{way}{", with_cp" if with_cp else ""}'
+            yield label, Backbone(label, cfg, backbone.scope), triton
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -144,17 +130,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count and print a Markdown table.
-
-    Args:
-        argv (Sequence[str], optional): Arguments, by default the command line's.
-
-    Returns:
-        int: Exit status.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Count and print a Markdown table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.error = lambda text: parser.exit(2, f'training_memory.py: {text}\n')
     add = parser.add_argument
     names = [BASELINE, 'clustr-s-linear', 'clustr-s']
     shapes = [(4, 512, 512), (2, 800, 1344)]
@@ -164,36 +142,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = list(plan(args.backbones))
     except ValueError as error:
-        parser.exit(2, f'training_memory.py: {error}\n')
+        parser.error(str(error))
 
     found: dict[tuple, int | str] = {}
     for shape in args.inputs:
-        for label, backbone, _, triton in rows:
+        for label, backbone, triton in rows:
             print(f'{label} {"x".join(map(str, shape))} ...', file=sys.stderr)
             try:
                 found[label, shape] = peak_memory(backbone, shape, triton)
             except Exception as error:
                 found[label, shape] = describe(error)
             print(f'  {found[label, shape]}', file=sys.stderr)
-    print_table([label for label, *_ in rows], args.inputs, found)
-    return int(any(isinstance(value, str) for value in found.values()))
-
-
-def print_table(labels: Sequence[str], shapes: Sequence, found: dict) -> None:
-    """Print the table and what it shows."""
-    block = search.BLOCK_ELEMENTS['cuda'].bit_length() - 1
-    print(f'{CAPTION.format(baseline=BASELINE, block=block)}\n')
-    print('| backbone |', ' | '.join('x'.join(map(str, shape)) for shape in shapes), '|')
-    print('| --- |', ' | '.join('---:' for _ in shapes), '|')
-    for label in labels:
-        cells = []
-        for shape in shapes:
+    print(CAPTION)
+    inputs = ['x'.join(map(str, shape)) for shape in args.inputs]
+    print('| backbone |', ' | '.join(inputs), '|')
+    print('| --- |', ' | '.join('---:' for _ in inputs), '|')
+    for label, *_ in rows:
+        line = f'| {label} |'
+        for shape in args.inputs:
             value, base = found[label, shape], found.get((BASELINE, shape))
-            text = value if isinstance(value, str) else f'{value / GIB:.2f}'
+            line += f' {value}' if isinstance(value, str) else f' {value / GIB:.2f}'
             if isinstance(value, int) and isinstance(base, int):
-                text += f' ({value / base:.2f}×)'
-            cells.append(text)
-        print(f'| {label} |', ' | '.join(cells), '|')
+                line += f' ({value / base:.2f}×)'
+            line += ' |'
+        print(line)
+    return int(any(isinstance(value, str) for value in found.values()))
 
 
 if __name__ == '__main__':

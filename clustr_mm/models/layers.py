@@ -169,7 +169,8 @@ class ConvFFN(nn.Module):
         kernel = self.dwconv.weight
         if self.residual:
             # h + DWConv(h) is a convolution, too: one more in the middle.
-            kernel = kernel + F.pad(kernel.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+            kernel = kernel.clone()
+            kernel[..., 1, 1] += 1
         size = self.slice_size(x)
         slices = zip(
             self.fc1.weight.split(size),

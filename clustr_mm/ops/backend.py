@@ -63,11 +63,18 @@ def find_kernel(tokens: Tensor) -> Kernel | None:
         out that it cannot be built.
     """
     backend = get_search_backend()
-    if not tokens.is_cuda or backend == 'torch' or tokens.device in _failures:
-        if tokens.is_cuda and backend == 'triton':
+    if not on_gpu(tokens) or backend == 'torch':
+        return None
+    if tokens.device in _failures:
+        if backend == 'triton':
             raise RuntimeError(_explain(tokens.device))
         return None
     return _guarded_kernel
+
+
+def on_gpu(tokens: Tensor) -> bool:
+    """Whether the tokens are where the kernel runs."""
+    return tokens.is_cuda
 
 
 def why_no_kernel(device: torch.device) -> str | None:
@@ -88,14 +95,18 @@ def _guarded_kernel(queries: Tensor, *args: Tensor | int | None) -> Tensor | Non
         _failures[queries.device] = f'{type(error).__name__}: {reason.splitlines()[0]}'
         if get_search_backend() == 'triton':
             raise RuntimeError(_explain(queries.device)) from error
-        warnings.warn(_explain(queries.device), stacklevel=2)
+        warnings.warn(
+            f'{_explain(queries.device)}; plain torch takes its place, with the same '
+            'result',
+            stacklevel=2,
+        )
         return None
 
 
 def _explain(device: torch.device) -> str:
     return (
         f'the Triton kernel of the clustering cannot be built for {device} '
-        f'({_failures[device]}); plain torch takes its place, with the same result'
+        f'({_failures[device]})'
     )
 
 

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from .backend import exporting, may_read
-from .search import find_search, images_at_a_time, invert, to_integers
+from .search import (
+    DenseSearch,
+    find_search,
+    images_at_a_time,
+    invert,
+    to_integers,
+)
 
 
 def dpc_knn(
@@ -59,7 +65,7 @@ def _dpc_knn(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         images = tokens.split(images_at_a_time(tokens))
         labels = [_cluster(part, num_clusters, k) for part in images]
-    return [torch.cat(parts) for parts in zip(*labels)]
+    return labels[0] if len(labels) == 1 else [torch.cat(p) for p in zip(*labels)]
 
 
 def _cluster(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor]:
@@ -75,16 +81,19 @@ def _cluster(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor
     rank = invert(stable_sort(sparsity))
 
     # Distance to the nearest denser token, squared, in a unit that all tokens share.
-    # A denser one among the neighbours is the nearest; only the others, the local
-    # peaks of the density, look at all that are denser. The densest of all has none:
-    # by the paper it gets the largest distance there is, but its score is the
-    # highest anyway.
-    denser = rank.gather(1, neighbours.flatten(1)).view_as(neighbours)
-    denser = denser < rank.unsqueeze(2)
-    delta = torch.where(denser, distances, torch.inf).amin(dim=2)
-    peaks, limits = find_peaks(delta.isinf(), rank)
-    beyond = search.nearest_before(rank, peaks, limits)
-    delta = delta.scatter(1, peaks, torch.minimum(beyond, delta.gather(1, peaks)))
+    # The densest of all has none: by the paper it gets the largest distance there is,
+    # but its score is the highest anyway.
+    if isinstance(search, DenseSearch) and not may_read(rank):
+        delta = search.nearest_before(rank, None, rank)
+    else:
+        # A denser one among the neighbours is the nearest; only the others, the local
+        # peaks of the density, look at all that are denser.
+        sparser = rank.gather(1, neighbours.flatten(1)).view_as(neighbours)
+        sparser = sparser >= rank.unsqueeze(2)
+        delta = distances.masked_fill(sparser, torch.inf).amin(dim=2)
+        peaks, limits = find_peaks(delta == torch.inf, rank)
+        beyond = search.nearest_before(rank, peaks, limits)
+        delta = delta.scatter(1, peaks, torch.minimum(beyond, delta.gather(1, peaks)))
 
     # Centres, the logarithm of rho * delta falling.
     ranking = stable_sort(delta.log() / 2 - sparsity, descending=True)
@@ -114,7 +123,7 @@ def find_peaks(peak: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.where(peak, rank, rank + rank.shape[1]).argsort(dim=1)
     if may_read(peak):
         order = order[:, : int(peak.sum(dim=1).max())]
-    return order, torch.where(peak, rank, 0).gather(1, order)
+    return order, (rank * peak).gather(1, order)
 
 
 def _fake_dpc_knn(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor]:

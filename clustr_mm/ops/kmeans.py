@@ -171,14 +171,16 @@ def nearest_mean(points: Tensor, means: Tensor) -> Tensor:
     # for all means.
     norms = means.square().sum(dim=2).unsqueeze(1)
     means = means.transpose(1, 2)
-    labels = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
+    labels = []
     for image, rows in blocks(points, means.shape[2]):
         distances = torch.baddbmm(
             norms[image], points[image, rows], means[image], alpha=-2
         )
         # min() takes the first of several, and is faster than argmin().
-        labels[image, rows] = distances.min(dim=2)[1]
-    return labels
+        labels.append(distances.min(dim=2)[1])
+    if len(labels) == 1:
+        return labels[0]
+    return torch.cat([label.flatten() for label in labels]).view(points.shape[:2])
 
 
 def check(tokens: Tensor, hw: tuple[int, int], counts: Sequence[int]) -> list[int]:

@@ -108,17 +108,19 @@ class DenseSearch:
         """Squared distances and indices (B, N, k) of the nearest, oneself included."""
         return self.distances.topk(k, dim=-1, largest=False)
 
-    def nearest_before(self, rank: Tensor, queries: Tensor, limits: Tensor) -> Tensor:
+    def nearest_before(
+        self, rank: Tensor, queries: Tensor | None, limits: Tensor
+    ) -> Tensor:
         """Squared distance (B, Q) to the nearest token of a rank below the limit.
 
         Args:
             rank (Tensor): (B, N) int64, the place of every token in a ranking.
-            queries (Tensor): (B, Q) int64 token indices.
+            queries (Tensor, optional): (B, Q) int64 token indices. None for all.
             limits (Tensor): (B, Q) int64; the distance is infinite where it is 0.
         """
-        seen = rank.unsqueeze(1) < limits.unsqueeze(2)
-        distances = torch.where(seen, take(self.distances, queries), torch.inf)
-        return distances.amin(dim=2)
+        distances = self.distances if queries is None else take(self.distances, queries)
+        beyond = rank.unsqueeze(1) >= limits.unsqueeze(2)
+        return distances.masked_fill(beyond, torch.inf).amin(dim=2)
 
     def nearest_of(self, chosen: Tensor) -> Tensor:
         """Which of the chosen tokens is nearest; of equally near ones the first.
@@ -240,17 +242,14 @@ def settle(queries: Tensor, keys: Tensor, found: Tensor) -> Tensor:
     """Exact squared distances (B, Q, W) of queries to the keys found for them."""
     width, channels = found.shape[2], keys.shape[2]
     distances = queries.new_empty(found.shape)
-    starts = torch.arange(len(keys), device=keys.device) * keys.shape[1]
-    index = found + starts.view(-1, 1, 1)
-    keys = keys.flatten(0, 1)
     buffer = Buffer()
-    for block in blocks(queries, 16 * width * channels):
-        rows = index[block].flatten()
-        out = buffer.like(keys, (len(rows), channels))
-        near = torch.index_select(keys, 0, rows, out=out)
-        near = near.view(*distances[block].shape, channels)
-        near -= queries[block].unsqueeze(2)
-        distances[block] = near.square_().sum(dim=3)
+    # A few blocks at a time go round in the cache.
+    share = 16 if may_read(keys) else 1
+    for image, rows in blocks(queries, share * width * channels):
+        index = found[image, rows].flatten(1)
+        near = take(keys[image], index, buffer).unflatten(1, (-1, width))
+        near -= queries[image, rows].unsqueeze(2)
+        torch.sum(near.square_(), dim=3, out=distances[image, rows])
     return distances
 
 
@@ -272,9 +271,10 @@ class Buffer:
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances (B, N, M) of tokens (B, N, C) and (B, M, C)."""
-    norms = b.square().sum(dim=2).unsqueeze(1)
-    distances = torch.baddbmm(norms, a, b.transpose(1, 2), alpha=-2)
-    return distances.add_(a.square().sum(dim=2).unsqueeze(2))
+    norms = b.square().sum(dim=2)
+    distances = torch.baddbmm(norms.unsqueeze(1), a, b.transpose(1, 2), alpha=-2)
+    norms = norms if a is b else a.square().sum(dim=2)
+    return distances.add_(norms.unsqueeze(2))
 
 
 def least_columns(distances: Tensor, width: int) -> Tensor:
@@ -322,12 +322,16 @@ def blocks(queries: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
             yield slice(b, b + images), slice(r, r + rows)
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
+def take(values: Tensor, index: Tensor, buffer: Buffer | None = None) -> Tensor:
     """Rows ``index`` (B, Q) of ``values`` (B, N, C), as (B, Q, C)."""
-    # Whole rows are copied at once, which gather() does not know.
-    starts = torch.arange(len(index), device=index.device) * values.shape[1]
-    rows = (index + starts.unsqueeze(1)).flatten()
-    return values.flatten(0, 1).index_select(0, rows).unflatten(0, index.shape)
+    shape = (*index.shape, values.shape[2])
+    if not may_read(values):
+        return values.gather(1, index.unsqueeze(2).expand(shape))
+    # A CPU is faster at copying whole rows, which gather() does not know.
+    rows = index + torch.arange(len(index)).unsqueeze(1) * values.shape[1]
+    out = buffer.like(values, (rows.numel(), shape[2])) if buffer else None
+    values = values.flatten(0, 1)
+    return torch.index_select(values, 0, rows.flatten(), out=out).view(shape)
 
 
 def invert(permutation: Tensor) -> Tensor:

@@ -9,12 +9,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Queries of one program, and keys it looks at in one step.
-BLOCK_QUERIES, BLOCK_KEYS = 64, 64
-
-#: Channels are padded with zeros to a multiple of this, the least of tensor cores.
-CHANNEL_MULTIPLE = 16
-
 
 @triton.jit(do_not_specialize=['num_queries', 'num_keys'])
 def _search_kernel(
@@ -28,7 +22,7 @@ def _search_kernel(
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,  # WIDTH rounded up to a power of two
     CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,  # channels multiplied at a time
+    CHUNK: tl.constexpr,  # channels multiplied at a time, a divisor of CHANNELS
     HAS_LIMITS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -79,16 +73,18 @@ def _search_kernel(
         # The query's own norm is the same along the row: it changes no order.
         distance = norm[None, :] - 2 * product
         if HAS_LIMITS:
-            distance = tl.where(
-                columns[None, :] < limit[:, None], distance, float('inf')
-            )
+            beyond = columns[None, :] >= limit[:, None]
+            distance = tl.where(beyond, float('inf'), distance)
 
         # Few keys are nearer than the worst one kept: take them one a row at
         # a time. Keys come by rising number, so "nearer" is strict.
         nearest = tl.min(distance, axis=1)
         waiting = tl.max((nearest < worst).to(tl.int32), axis=0)
         while waiting > 0:
-            at = start + tl.argmin(distance, axis=1)
+            # Of equally near ones the first. tl.argmin would carry a position for
+            # every distance, and the registers would not do.
+            at = tl.where(distance == nearest[:, None], columns[None, :], num_keys)
+            at = tl.min(at, axis=1)
             nearer = nearest < worst
             # Of the worst the one of highest number leaves.
             last = tl.max(tl.where(best == worst[:, None], place, -1), axis=1)
@@ -96,7 +92,8 @@ def _search_kernel(
             leaves = leaves & nearer[:, None]
             best = tl.where(leaves, nearest[:, None], best)
             place = tl.where(leaves, at[:, None], place)
-            taken = (columns[None, :] == at[:, None]) & nearer[:, None]
+            # Rows with none nearer are done, and may lose one as well.
+            taken = columns[None, :] == at[:, None]
             distance = tl.where(taken, float('inf'), distance)
             worst = tl.max(best, axis=1)
             nearest = tl.min(distance, axis=1)
@@ -126,11 +123,13 @@ def search(queries: Tensor, keys: Tensor, width: int, limits: Tensor | None) -> 
         in place of what is missing where fewer keys are in.
     """
     batch, num_queries, channels = queries.shape
-    num_keys = keys.shape[1]
     norms = keys.square().sum(dim=2)
-    pad = (0, -channels % CHANNEL_MULTIPLE)
+    has_limits = limits is not None
+    options = configuration(_capability(queries.device), channels, width, has_limits)
+    # Zeros change no distance.
+    pad = (0, options['CHANNELS'] - channels)
     found = queries.new_empty((batch, num_queries, width), dtype=torch.int32)
-    grid = (triton.cdiv(num_queries, BLOCK_QUERIES) * batch,)
+    grid = (triton.cdiv(num_queries, options['BLOCK_Q']) * batch,)
     with torch.cuda.device_of(queries):
         _search_kernel[grid](
             F.pad(queries, pad).contiguous(),
@@ -139,23 +138,52 @@ def search(queries: Tensor, keys: Tensor, width: int, limits: Tensor | None) -> 
             norms if limits is None else limits.contiguous(),
             found,
             num_queries,
-            num_keys,
-            WIDTH=width,
-            SLOTS=triton.next_power_of_2(width),
-            CHANNELS=channels + pad[1],
-            # More channels at a time would not fit the registers.
-            CHUNK=32 if (channels + pad[1]) % 32 == 0 else 16,
-            HAS_LIMITS=limits is not None,
-            PRECISION=_precision(queries.device),
-            BLOCK_Q=BLOCK_QUERIES,
-            BLOCK_K=BLOCK_KEYS,
+            keys.shape[1],
+            **options,
         )
     return found.long()
 
 
-def _precision(device: torch.device) -> str:
-    """How to multiply float32 exactly enough: never in plain TF32."""
-    nvidia = device.type == 'cuda' and torch.version.hip is None
-    # Three TF32 products on tensor cores are as good as a float32 one.
-    ampere = nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
-    return 'tf32x3' if ampere else 'ieee'
+def configuration(
+    capability: int, channels: int, width: int, has_limits: bool
+) -> dict[str, int | bool | str]:
+    """The constants that the kernel is compiled with, and its warps and stages.
+
+    Found with ``tools/kernel_resources.py``: large blocks that spill no registers
+    and leave 12 warps or more on a processor.
+
+    Args:
+        capability (int): As of :func:`_capability`.
+        channels (int): Channels of queries and keys.
+        width (int): Keys wanted per query.
+        has_limits (bool): Whether queries see the first keys only.
+    """
+    # Queries of a program, keys and channels of a step, warps, stages.
+    if capability < 80:
+        # Without tensor cores a thread multiplies alone, and limits take registers.
+        shape = 64, 32 if has_limits else 64, 16, 8, 2
+    elif capability // 10 == 9:
+        # Four warps multiply 64 queries together; eight would not fit twice.
+        shape = 64, 64, 16, 4, 3
+    elif capability // 10 in (10, 11):
+        # Products have their own memory. Triton 3.6 cannot do a single step.
+        shape, channels = (64, 64, 32, 8, 3), max(channels, 64)
+    else:
+        # Ampere, Ada, and consumers' Blackwell, whose tensor cores are like theirs.
+        shape = 128, 64, 16, 8, 3
+    return dict(
+        zip(('BLOCK_Q', 'BLOCK_K', 'CHUNK', 'num_warps', 'num_stages'), shape),
+        WIDTH=width,
+        SLOTS=triton.next_power_of_2(width),
+        CHANNELS=triton.cdiv(channels, shape[2]) * shape[2],
+        HAS_LIMITS=has_limits,
+        PRECISION='tf32x3' if capability >= 80 else 'ieee',
+    )
+
+
+def _capability(device: torch.device) -> int:
+    """Such as 86; 0 where TF32, of which it takes three products, is not known."""
+    if device.type != 'cuda' or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

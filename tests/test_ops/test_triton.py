@@ -1,9 +1,12 @@
 """The Triton kernel: on the CPU by its interpreter, compiled for GPUs."""
 
-import importlib
+import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ pytest.importorskip('triton.backends', reason='no Triton 3')
 # The package exports a function under the name of this module.
 dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
 MODULE = 'clustr_mm.ops.triton_search'
+TOOL = Path(__file__).parents[2] / 'tools/kernel_resources.py'
+NO_COMPILER = re.compile('ptxas.* not found|find ptxas|name .knobs.|attribute .ptxas')
 
 
 def randn(*shape, seed=0):
@@ -160,6 +165,8 @@ def test_no_peak_is_counted_on_the_host(kernel, monkeypatch, with_kernel):
         ('cuda', None, (7, 5), 'ieee'),
         ('cuda', None, (8, 0), 'tf32x3'),
         ('cuda', None, (9, 0), 'tf32x3'),
+        ('cuda', None, (10, 0), 'tf32x3'),
+        ('cuda', None, (12, 0), 'tf32x3'),
         ('cuda', '6.2', (9, 4), 'ieee'),
         ('cpu', None, (9, 0), 'ieee'),
     ],
@@ -171,51 +178,101 @@ def test_precision_that_the_device_offers(
     monkeypatch.setattr(torch.version, 'hip', hip)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
     module = importlib.import_module(MODULE)
-    assert module._precision(torch.device(device)) == precision
+    number = module._capability(torch.device(device))
+    assert module.configuration(number, 64, 8, False)['PRECISION'] == precision
+
+
+@interpreted
+@pytest.mark.parametrize('capability', [75, 80, 90, 100])
+@pytest.mark.parametrize('with_limits', [False, True])
+def test_blocks_of_every_generation(monkeypatch, capability, with_limits):
+    module = importlib.import_module(MODULE)
+    monkeypatch.setattr(module, '_capability', lambda device: capability)
+    check_against_float64(torch.device('cpu'), 40, with_limits)
 
 
 def test_cpu_tensors_take_plain_torch():
     assert backend.find_kernel(torch.zeros(1)) is None
 
 
-COMPILE = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from clustr_mm.ops import triton_search as module
+SHAPES = [(75, 64, 8, 0), (75, 320, 4, 1), (80, 64, 4, 1), (86, 512, 8, 0)]
+SHAPES += [(89, 320, 8, 0), (90, 320, 8, 0), (90, 48, 4, 1)]
+SHAPES += [(100, 256, 4, 1), (100, 16, 8, 0)]
 
-capability, channels, width, has_limits = map(int, sys.argv[1:])
-constants = dict(
-    WIDTH=width, SLOTS=triton.next_power_of_2(width), CHANNELS=channels,
-    CHUNK=32 if channels % 32 == 0 else 16, HAS_LIMITS=bool(has_limits),
-    PRECISION='tf32x3' if capability >= 80 else 'ieee',
-    BLOCK_Q=module.BLOCK_QUERIES, BLOCK_K=module.BLOCK_KEYS,
-)
-types = ['*fp32'] * 3 + ['*i64' if has_limits else '*fp32', '*i32', 'i32', 'i32']
-signature = dict(zip(module._search_kernel.arg_names, types))
-signature.update(dict.fromkeys(constants, 'constexpr'))
-source = ASTSource(fn=module._search_kernel, signature=signature, constexprs=constants)
-binary = triton.compile(source, target=GPUTarget('cuda', capability, 32))
-print(binary.metadata.shared)
+COMPILE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from kernel_resources import fits, measure
+row = measure(*json.loads(sys.argv[2]))
+print(json.dumps([row, fits(row)]))
 """
 
 
-@pytest.mark.parametrize(
-    ('capability', 'channels', 'width', 'has_limits'),
-    [(75, 64, 8, 0), (80, 64, 4, 1), (86, 512, 8, 0), (90, 320, 8, 0), (90, 48, 4, 1)],
-)
-def test_compiles_for_gpus(capability, channels, width, has_limits):
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_fits_gpus(shape):
+    """No registers are spilled, and from Ampere on tensor cores multiply."""
     env = {name: v for name, v in os.environ.items() if name != 'TRITON_INTERPRET'}
     done = subprocess.run(
-        [sys.executable, '-c', COMPILE]
-        + [str(n) for n in (capability, channels, width, has_limits)],
+        [sys.executable, '-c', COMPILE, str(TOOL.parent), json.dumps(shape)],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if 'ptxas' in done.stderr and 'not found' in done.stderr.lower():
-        pytest.skip('this Triton ships no assembler')
+    if done.returncode and NO_COMPILER.search(done.stderr):
+        pytest.skip('this Triton ships no assembler, or is too old to be asked')
     assert done.returncode == 0, done.stderr[-2000:]
-    # What a block may have on the smallest of these GPUs, in bytes.
-    assert int(done.stdout) <= 64 * 1024
+    row, fits = json.loads(done.stdout)
+    assert row['spill bytes'] == 0
+    assert fits, row
+    assert row['tensor cores'] == ('yes' if shape[0] >= 80 else 'no')
+    # With fewer, nothing is done while memory is waited for.
+    assert row['warps per SM'] >= 12
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The script, which compiles nothing."""
+    spec = importlib.util.spec_from_file_location('kernel_resources', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    row = {'sm': 75, 'spill bytes': 0, 'shared KiB': 64}
+    monkeypatch.setattr(module, 'measure', lambda *shape: dict(row, sm=shape[0]))
+    monkeypatch.setattr(sys, 'argv', [TOOL.name])
+    # It takes the variable away, and the tests get it back.
+    monkeypatch.setenv('TRITON_INTERPRET', os.environ.get('TRITON_INTERPRET', '0'))
+    return module
+
+
+def test_table_between_the_markers(tool, monkeypatch, tmp_path):
+    page = tmp_path / 'page.md'
+    first, last = tool.MARKERS
+    page.write_text(f'Before.\n{first}\nold\n{last}\nAfter.\n')
+    monkeypatch.setattr(sys, 'argv', [TOOL.name, '--out', str(page)])
+    for _ in range(2):
+        assert tool.main() == 0
+        text = page.read_text()
+        assert text.startswith(f'Before.\n{first}\n| sm | spill bytes | shared KiB |')
+        assert text.endswith(f'| 100 | 0 | 64 |\n{last}\nAfter.\n')
+    page.write_text('No markers.')
+    with pytest.raises(SystemExit, match='2'):
+        tool.main()
+    assert page.read_text() == 'No markers.'
+
+
+@pytest.mark.parametrize('row', [{'spill bytes': 8}, {'shared KiB': 100}])
+def test_status_where_it_does_not_fit(tool, monkeypatch, row):
+    measure = tool.measure
+    monkeypatch.setattr(tool, 'measure', lambda *shape: {**measure(*shape), **row})
+    assert tool.main() == 1
+
+
+def test_no_triton(tool, monkeypatch, capsys):
+    def fail(*shape):
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(tool, 'measure', fail)
+    with pytest.raises(SystemExit, match='2'):
+        tool.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "needs Triton, as new as 3.6: No module named 'triton'" in last
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
