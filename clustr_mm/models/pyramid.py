@@ -193,6 +193,7 @@ class PyramidBackbone(BaseModule):
         self.in_channels = in_channels
         self.drop_rate = drop_rate
         self.attn_drop_rate = attn_drop_rate
+        self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.norm_cfg = dict(norm_cfg or dict(type='LN', eps=1e-6))
