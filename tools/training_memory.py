@@ -32,11 +32,10 @@ CAPTION = f"""\
 GiB that tensors take at the peak of a training step (forward and backward pass,
 bfloat16 autocast, no optimizer), counted operation by operation without a GPU:
 parameters, gradients, activations and temporary ones. In parentheses: over {BASELINE}
-without `with_cp`. The clustering is counted in the same way, with the blocks of a GPU
-({search.BLOCK_ELEMENTS['cuda']} numbers at a time): "(Triton)" by the kernel, which
-keeps no distance in memory, "(torch)" by plain torch. Norms and softmax are float32, as
-in autocast on a GPU. Workspace of cuBLAS, cuDNN and of sorting, and what the allocator
-rounds up, come on top.
+without `with_cp`. The clustering is counted likewise, in blocks as on a GPU: "(Triton)"
+by the kernel, which keeps no distance in memory, "(torch)" by plain torch. Norms and
+softmax are float32, as in autocast on a GPU. Workspace of cuBLAS, cuDNN and of sorting,
+and what the allocator rounds up, come on top.
 """
 
 
@@ -123,9 +122,7 @@ def plan(names: Sequence[str]) -> Iterator[tuple[str, Backbone, bool]]:
 def parse_shape(text: str) -> tuple[int, ...]:
     """Read '2x800x1344': batch, height, width."""
     if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){2}', text):
-        raise argparse.ArgumentTypeError(
-            f'must be like 2x800x1344 (batch, height, width), got {text!r}'
-        )
+        raise argparse.ArgumentTypeError(f'must be like 2x800x1344, got {text!r}')
     return tuple(map(int, text.split('x')))
 
 
@@ -133,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Count and print a Markdown table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.error = lambda text: parser.exit(2, f'training_memory.py: {text}\n')
-    add = parser.add_argument
     names = [BASELINE, 'clustr-s-linear', 'clustr-s']
     shapes = [(4, 512, 512), (2, 800, 1344)]
+    add = parser.add_argument
     add('--backbones', nargs='+', default=names, help='presets of tools/benchmark.py')
     add('--inputs', nargs='+', type=parse_shape, default=shapes, metavar='BxHxW')
     args = parser.parse_args(argv)
@@ -152,7 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found[label, shape] = peak_memory(backbone, shape, triton)
             except Exception as error:
                 found[label, shape] = describe(error)
-            print(f'  {found[label, shape]}', file=sys.stderr)
     print(CAPTION)
     inputs = ['x'.join(map(str, shape)) for shape in args.inputs]
     print('| backbone |', ' | '.join(inputs), '|')
@@ -162,9 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for shape in args.inputs:
             value, base = found[label, shape], found.get((BASELINE, shape))
             line += f' {value}' if isinstance(value, str) else f' {value / GIB:.2f}'
-            if isinstance(value, int) and isinstance(base, int):
-                line += f' ({value / base:.2f}×)'
-            line += ' |'
+            both = isinstance(value, int) and isinstance(base, int)
+            line += f' ({value / base:.2f}×) |' if both else ' |'
         print(line)
     return int(any(isinstance(value, str) for value in found.values()))
 
