@@ -38,8 +38,7 @@ class ClusteredAttention(nn.Module):
         sr_ratio (int): Square root of the tokens per coarse cluster.
         clusterer (Callable): Finds the clusters, see :mod:`clustr_mm.ops.clusterers`.
         max_clusters (int, optional): Most coarse clusters M1. None for no limit.
-        attn_drop_rate (float): Dropout of the attention weights.
-        drop_rate (float): Dropout of the output.
+        attn_drop_rate, drop_rate (float): Dropout of the weights and of the output.
     """
 
     def __init__(
@@ -68,16 +67,7 @@ class ClusteredAttention(nn.Module):
     def forward(
         self, x: Tensor, hw: tuple[int, int], clusters: Clusters | None = None
     ) -> Tensor:
-        """Attend to clusters.
-
-        Args:
-            x (Tensor): Tokens (B, h * w, C).
-            hw (tuple[int, int]): h and w.
-            clusters (Clusters, optional): The clusters if they are known already.
-
-        Returns:
-            Tensor: Of the shape of ``x``.
-        """
+        """Map tokens (B, h * w, C) to the same shape; clusters may be known already."""
         if clusters is None:
             clusters = self.cluster(x, hw)
         q = self.q(x)

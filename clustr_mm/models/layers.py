@@ -49,11 +49,7 @@ def build_norm(cfg: dict, num_features: int) -> nn.Module:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop the whole branch of a sample (arXiv 1603.09382).
-
-    Args:
-        prob (float): Probability of dropping a sample, in [0, 1).
-    """
+    """Stochastic depth: drop the whole branch of a sample (arXiv 1603.09382)."""
 
     def __init__(self, prob: float) -> None:
         super().__init__()
@@ -75,13 +71,7 @@ class DropPath(nn.Module):
 class PatchEmbed(nn.Module):
     """Overlapping patch embedding: a strided convolution, then a norm.
 
-    Args:
-        in_channels (int): Channels of the input map.
-        embed_dims (int): Channels of the tokens.
-        kernel_size (int): Odd; padded by half of it, so that no input is too
-            small.
-        stride (int): Stride of the tokens in the input map.
-        norm_cfg (dict): Norm of the tokens, see :func:`build_norm`.
+    The kernel is odd and padded by half of it, so that no input is too small.
     """
 
     def __init__(
@@ -105,13 +95,9 @@ class PatchEmbed(nn.Module):
 
 
 class FFN(nn.Module):
-    """Feed-forward layer of single tokens: ``fc2(act(fc1(x)))``.
+    """Feed-forward layer of single tokens: ``fc2(act(fc1(x)))``, by default with GELU.
 
-    Args:
-        embed_dims (int): Channels of the tokens.
-        hidden_dims (int): Channels after ``fc1``.
-        drop_rate (float): Dropout after the activation and at the end.
-        act (nn.Module, optional): Activation. None stands for GELU.
+    There is dropout after the activation and at the end.
     """
 
     def __init__(
@@ -235,15 +221,12 @@ def attend(
     """Multi-head softmax attention with scale ``head_dim ** -0.5``.
 
     Args:
-        q (Tensor): (B, N, heads * head_dim).
+        q (Tensor): (B, N, heads * head_dim), the shape of the result.
         kv (Tensor): (B, M, 2 * heads * head_dim), keys before values.
         num_heads (int): Number of heads.
         drop_rate (float): Dropout of the attention weights.
         mask (Tensor, optional): (B, M) bool, False for keys that nobody
             attends to; every row has a True. None stands for all True.
-
-    Returns:
-        Tensor: (B, N, heads * head_dim).
     """
     q, k, v = (split_heads(part, num_heads) for part in (q, *kv.chunk(2, dim=-1)))
     if mask is not None:
@@ -253,14 +236,8 @@ def attend(
 
 
 class FullAttention(nn.Module):
-    """Multi-head attention of all tokens to all tokens.
-
-    Args:
-        embed_dims (int): Channels C of the tokens.
-        num_heads (int): Attention heads, a divisor of C.
-        attn_drop_rate (float): Dropout of the attention weights.
-        drop_rate (float): Dropout of the output.
-    """
+    """Multi-head attention of all tokens to all tokens, with dropout of the attention
+    weights and of the output."""
 
     def __init__(
         self, embed_dims: int, num_heads: int, attn_drop_rate: float, drop_rate: float

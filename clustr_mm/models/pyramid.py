@@ -64,13 +64,9 @@ def run_block(block: Block, with_cp: bool, *args: Any) -> Any:
 
 
 class Stage(nn.Module):
-    """One level of the pyramid: patch embedding, blocks, norm.
+    """One level of the pyramid: patch embedding, blocks, norm of the tokens.
 
-    Args:
-        patch_embed (nn.Module): Makes tokens of the map before.
-        blocks (Sequence[nn.Module]): Take tokens and (h, w).
-        norm (nn.Module): Norm of the tokens.
-        with_cp (bool): Whether to recompute the blocks in the backward pass.
+    With ``with_cp`` the backward pass computes the blocks anew.
     """
 
     def __init__(

@@ -12,13 +12,7 @@ class SequentialNeck(Sequential):
 
     MMDetection takes a list of necks, MMPose only one: with this, for example,
     its ``FPN`` and its ``FeatureMapProcessor``.
-
-    Args:
-        necks (Sequence[dict]): Configs of the necks, at least one.
-        init_cfg (dict, optional): Initialisation by MMEngine. Defaults to None.
-
-    Raises:
-        ValueError: If ``necks`` is empty.
+    An empty list is a ValueError.
     """
 
     def __init__(self, necks: Sequence[dict], init_cfg: dict | None = None) -> None:

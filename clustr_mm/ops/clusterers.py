@@ -51,11 +51,7 @@ class DPCKNN(nn.Module):
             it as they are. None, the default, clusters the whole map.
 
     Attributes:
-        stride (int): Pixels between the tokens; a backbone sets it for each of its
-            stages.
-
-    Raises:
-        ValueError: If an argument is not as stated.
+        stride (int): Pixels between the tokens; a backbone sets it for each stage.
     """
 
     def __init__(self, k: int = 5, window: int | None = None) -> None:
@@ -129,9 +125,6 @@ class KMeans(nn.Module):
         steps (int): Steps of k-means, at least 1. Defaults to 2: one keeps of the
             tokens about as much as DPC-kNN does, two keep more, and each further one
             adds little.
-
-    Raises:
-        ValueError: If ``steps`` is not as stated.
     """
 
     def __init__(self, steps: int = 2) -> None:

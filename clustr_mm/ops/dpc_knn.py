@@ -109,16 +109,10 @@ def _cluster(tokens: Tensor, num_clusters: Sequence[int], k: int) -> list[Tensor
 
 
 def find_peaks(peak: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """The local peaks of the density, the denser first.
+    """Indices (B, P) of the peaks (B, N), the denser first, and how many are denser.
 
-    Args:
-        peak (Tensor): (B, N) bool.
-        rank (Tensor): (B, N) int64, 0 for the densest token.
-
-    Returns:
-        tuple[Tensor, Tensor]: Token indices (B, P) and how many tokens are denser.
-        An image of fewer than P peaks has other tokens after them, with 0; so that
-        a GPU need not wait for P, it is N there.
+    An image of fewer than P peaks has other tokens after them, with 0; so that a GPU
+    need not wait for P, it is N there.
     """
     order = torch.where(peak, rank, rank + rank.shape[1]).argsort(dim=1)
     if may_read(peak):

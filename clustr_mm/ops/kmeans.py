@@ -58,11 +58,10 @@ def grid_cells(
         tokens (Tensor): (B, h * w, C), floating point.
         hw (tuple[int, int]): h and w of the token map.
         counts (Sequence[int]): Most clusters at each scale, from 1 to ``h * w``, the
-            fewest first; four times as many at each next one are made use of.
+            fewest first; of each next one four times as many are made use of.
 
     Returns:
-        tuple[tuple[Tensor], tuple[int]]: For each scale, labels (B, h * w) int64 and
-        the number of cells, of :func:`grid_shapes`.
+        tuple: For each scale, labels (B, h * w) and the cells of :func:`grid_shapes`.
 
     Raises:
         ValueError: If an argument is not as stated.

@@ -25,12 +25,10 @@ def merge_tokens(
 
     Args:
         tokens (Tensor): (B, N, C), floating point.
-        labels (Tensor): (B, N) int64, each in ``[0, num_clusters)``; not
-            checked on a GPU, where a check would wait for the device.
+        labels (Tensor): (B, N) int64 below ``num_clusters``, which is not checked.
         num_clusters (int): M, at least 1.
         weights (Tensor): (B, N) or (B, N, 1), floating point, not negative.
-        means (Tensor, optional): (B, M, C), what a cluster without any weight
-            becomes. Defaults to zeros.
+        means (Tensor, optional): (B, M, C), what clusters without weight become; zeros.
 
     Returns:
         Tensor: (B, M, C) of the dtype of ``tokens``.
@@ -67,17 +65,9 @@ def merge_tokens(
 def sum_clusters(
     values: Tensor, labels: Tensor, num_clusters: int, start: Tensor | None = None
 ) -> Tensor:
-    """Sum values by label, in a fixed order.
+    """Sum values (B, N, D) by label (B, N) to (B, M, D), in a fixed order.
 
-    Args:
-        values (Tensor): (B, N, D), floating point.
-        labels (Tensor): (B, N) int64 below ``num_clusters``.
-        num_clusters (int): M.
-        start (Tensor, optional): (B, M, D), what the sums begin with. Defaults to
-            zeros.
-
-    Returns:
-        Tensor: (B, M, D).
+    ``start`` (B, M, D) is what the sums begin with, zeros if there is none.
     """
     batch, _, channels = values.shape
     if start is None:

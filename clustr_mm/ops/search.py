@@ -137,10 +137,8 @@ class BlockedSearch:
     Neighbours are looked for by float32 distances, ``MARGIN`` more than asked for,
     and those found are settled by exact ones. A neighbour is missed where more than
     that many tokens lie within float32 rounding of its distance, at the cost of a
-    density that is off by as much. Methods are those of :class:`DenseSearch`.
-
-    Args:
-        integers (Tensor): (B, N, C) of whole numbers, see :func:`to_integers`.
+    density that is off by as much. Methods and argument are those
+    of :class:`DenseSearch`.
     """
 
     def __init__(self, integers: Tensor) -> None:
@@ -178,8 +176,7 @@ def search(
     """Find the keys of least float32 distance, and their exact distance.
 
     Args:
-        queries (Tensor): (B, Q, C) of whole numbers.
-        keys (Tensor): (B, M, C) of whole numbers.
+        queries, keys (Tensor): (B, Q, C) and (B, M, C) of whole numbers.
         width (int): Keys wanted for each query, as many as there are at most.
         limits (Tensor, optional): (B, Q) int64. Query ``i`` sees only the first
             ``limits[:, i]`` keys.

@@ -110,17 +110,9 @@ def _search_kernel(
 
 
 def search(queries: Tensor, keys: Tensor, width: int, limits: Tensor | None) -> Tensor:
-    """Find the keys of least float32 distance for every query.
+    """Do what :func:`.search.candidates` does.
 
-    Args:
-        queries (Tensor): (B, Q, C) float32, centred.
-        keys (Tensor): (B, M, C) float32, centred.
-        width (int): Keys wanted per query, at most M.
-        limits (Tensor, optional): (B, Q) int64, keys from there on are out.
-
-    Returns:
-        Tensor: (B, Q, width) int64 positions among the keys, in no order; M - 1
-        in place of what is missing where fewer keys are in.
+    The positions are M - 1 in place of what is missing where a query sees fewer keys.
     """
     batch, num_queries, channels = queries.shape
     norms = keys.square().sum(dim=2)
@@ -151,12 +143,6 @@ def configuration(
 
     Found with ``tools/kernel_resources.py``: large blocks that spill no registers
     and leave 12 warps or more on a processor.
-
-    Args:
-        capability (int): As of :func:`_capability`.
-        channels (int): Channels of queries and keys.
-        width (int): Keys wanted per query.
-        has_limits (bool): Whether queries see the first keys only.
     """
     # Queries of a program, keys and channels of a step, warps, stages.
     if capability < 80:
