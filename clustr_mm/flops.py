@@ -83,10 +83,10 @@ def count_flops(
 ) -> Flops:
     """Count the multiply-adds of a backbone or of a whole model.
 
-    Clusters are not computed for it, tokens are assigned to cells of a grid, because
-    the number of clusters does not depend on the result; so large images take no
-    longer than the network without clustering. What runs on all kinds of
-    devices is counted on the meta device, in no time.
+    Clusters are not computed for it, tokens are assigned in turn or to cells of a grid,
+    because the number of clusters does not depend on the result; so large images take
+    no longer than the network without clustering. What runs on all kinds of devices is
+    counted on the meta device, in no time.
 
     Args:
         model (nn.Module): A backbone, classifier, segmentor, pose estimator or
@@ -110,18 +110,14 @@ def count_flops(
     image = torch.zeros(1, channels, height, width, device=device)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     model = deepcopy(model).to(device)
-    clusterers = [m.clusterer for m in model.modules() if hasattr(m, 'clusterer')]
-    is_papers = isinstance(model, ClusTR) and all(
-        isinstance(c, DPCKNN) and c.window is None for c in clusterers
-    )
-    is_papers &= all(getattr(m, 'max_clusters', None) is None for m in model.modules())
+    attentions = [m for m in model.modules() if isinstance(m, ClusteredAttention)]
+    is_papers = isinstance(model, ClusTR) and all(map(_is_papers, attentions))
     model.eval()  # which returns None in some toolboxes
     # With gradients, lest nn.MultiheadAttention takes a fused way that the counter
     # does not know.
     clustering: list[int] = []
-    for module in model.modules():
-        if isinstance(module, ClusteredAttention):
-            module.clusterer = CountedClusterer(module.clusterer, clustering)
+    for module in attentions:
+        module.clusterer = CountedClusterer(module.clusterer, clustering)
     with counter, torch.enable_grad():
         forward(model, image)
     layers = attention = 0
@@ -134,6 +130,13 @@ def count_flops(
     if is_papers:
         flops.published = layers + _coarse_products(model, height, width)
     return flops
+
+
+def _is_papers(attention: ClusteredAttention) -> bool:
+    """Whether it clusters as the paper does: whole maps, without a limit."""
+    clusterer = attention.clusterer
+    whole = isinstance(clusterer, DPCKNN) and clusterer.window is None
+    return whole and attention.max_clusters is None
 
 
 def _coarse_products(backbone: ClusTR, height: int, width: int) -> int:

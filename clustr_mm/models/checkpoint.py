@@ -29,7 +29,8 @@ def rename(key: str, names: Names) -> str:
         match = re.search(pattern, name)
         if match:
             number = int(match.group(1)) - 1 if match.re.groups else None
-            name = name.replace(match.group(), replacement.format(number), 1)
+            own = replacement.format(number)
+            name = name[: match.start()] + own + name[match.end() :]
     return name
 
 

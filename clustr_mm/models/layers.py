@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.backend import exporting
+from ..ops.search import limit_of
 
 #: Most numbers of a slice of hidden channels in a feed-forward layer without
 #: gradients: on a CPU what the cache holds, elsewhere what keeps the device busy.
@@ -180,8 +181,7 @@ class ConvFFN(nn.Module):
         hidden_dims = len(self.fc1.weight)
         if torch.is_grad_enabled() or exporting():
             return hidden_dims
-        most = SLICE_ELEMENTS.get(x.device.type, SLICE_ELEMENTS['cuda'])
-        slices = -(-x.shape[:2].numel() * hidden_dims // most)
+        slices = -(-x.shape[:2].numel() * hidden_dims // limit_of(SLICE_ELEMENTS, x))
         step = SLICE_CHANNELS // 4
         size = -(-hidden_dims // (slices * step)) * step
         return min(hidden_dims, max(SLICE_CHANNELS, size))

@@ -58,9 +58,8 @@ def find_kernel(tokens: Tensor) -> Kernel | None:
     """The search kernel for tokens on a GPU, None where plain torch takes its place.
 
     Returns:
-        Callable, optional: Takes what :meth:`.search.BlockedSearch.candidates` takes
-        and the squared norms of the keys; returns None, after a warning, if it turns
-        out that it cannot be built.
+        Callable, optional: Does what :func:`.search.candidates` does; returns None,
+        after a warning, if it turns out that it cannot be built.
     """
     backend = get_search_backend()
     if not on_gpu(tokens) or backend == 'torch':
