@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import check_safetensors, read_checkpoint, shorten, write_whole
 from .models import ClusTR
 from .models.checkpoint import WRAPPERS, check_complete, find_parameters
-from .reading import check_safetensors, read_checkpoint, shorten
-from .writing import write_whole
 
 #: Variants by their long names.
 ARCHS = ('tiny', 'small', 'base')

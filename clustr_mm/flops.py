@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .benchmark.backbones import find_backbone, without_weights
+from .files import read_config, shorten
 from .models import ClusTR
 from .models.clustr import ClusteredAttention
 from .ops import DPCKNN, Clusters, GridCells, KMeans
-from .reading import read_config, shorten
 
 #: Operators whose two factors are both activations: products of attention. All
 #: others that the counter knows have weights in them.

@@ -21,7 +21,7 @@ from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch_versions import restricted
 
-import clustr_mm.writing
+import clustr_mm.files
 from clustr_mm import ClusTR
 from clustr_mm.conversion import ARCHS, convert_checkpoint, extract_backbone
 
@@ -407,7 +407,7 @@ def test_never_a_part_of_a_file(tmp_path, monkeypatch, error, suffix):
 
     for function in ('fsync', 'replace'):
         with monkeypatch.context() as patch:
-            patch.setattr(clustr_mm.writing.os, function, fail)
+            patch.setattr(clustr_mm.files.os, function, fail)
             with pytest.raises(type(error)):
                 convert_checkpoint(source, target, overwrite=True)
         assert sorted(os.listdir(tmp_path)) == ['source.pth', target.name]

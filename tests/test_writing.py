@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from clustr_mm.writing import write_whole
+from clustr_mm.files import write_whole
 
 
 def test_several_writers_of_one_file(tmp_path):

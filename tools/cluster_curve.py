@@ -18,9 +18,8 @@ from torch import Tensor
 
 import clustr_mm.visualization as vis
 from clustr_mm import ClusTR
+from clustr_mm.files import shorten, write_whole
 from clustr_mm.ops import DPCKNN, GridCells, KMeans
-from clustr_mm.reading import shorten
-from clustr_mm.writing import write_whole
 
 CLUSTERERS = {
     'DPC-kNN': DPCKNN(),

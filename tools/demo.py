@@ -21,9 +21,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import set_random_seed
 from PIL import Image
 
+from clustr_mm.files import write_whole
 from clustr_mm.toy_data import ADE_CLASSES, make_toy_data
 from clustr_mm.visualization import Pixels, compute_clusters, draw_clusters
-from clustr_mm.writing import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/mmseg/fpn_clustr-t_toy-ade20k.py'

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clustr_mm.benchmark.backbones import presets
+from clustr_mm.files import write_whole
 from clustr_mm.flops import count_flops, load_model, to_markdown
-from clustr_mm.writing import write_whole
 
 
 def parse_args() -> argparse.Namespace:

@@ -33,9 +33,9 @@ from clustr_mm.benchmark.cases import OPERATORS, smooth_noise
 from clustr_mm.benchmark.memory import describe, free_memory, probe_cuda
 from clustr_mm.benchmark.report import device_name, versions
 from clustr_mm.benchmark.runner import time_call
+from clustr_mm.files import write_whole
 from clustr_mm.ops import dpc_knn, kmeans, search
 from clustr_mm.ops.backend import VARIABLE
-from clustr_mm.writing import write_whole
 
 MODELS = {'DPC-kNN': {}, 'linear': WAYS['-linear']}
 BASELINE = 'pvtv2-b2'

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clustr_mm.writing import write_whole
+from clustr_mm.files import write_whole
 
 #: Shared memory in KiB of a block and of a multiprocessor, and warps of the latter,
 #: by compute capability. From the CUDA C++ programming guide.

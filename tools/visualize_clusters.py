@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from clustr_mm import ClusTR
-from clustr_mm.reading import shorten
+from clustr_mm.files import shorten, write_whole
 from clustr_mm.visualization import (
     Line,
     Pixels,
@@ -40,7 +40,6 @@ from clustr_mm.visualization import (
     token_at,
 )
 from clustr_mm.visualization.sheet import ALARM, TITLE
-from clustr_mm.writing import write_whole
 
 BLOCKS = {'first': 0, 'last': -1}
 

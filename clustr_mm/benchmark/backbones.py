@@ -10,8 +10,8 @@ from mmengine.registry import MODELS
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
+from ..files import read_config
 from ..models import PyramidBackbone
-from ..reading import read_config
 from .textbook import TextbookDPCKNN
 
 #: Stock peers of about the size of ClusTR-small, by their toolbox.

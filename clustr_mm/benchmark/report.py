@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..writing import write_whole
+from ..files import write_whole
 from .runner import Row, Settings, add_ratios
 
 PACKAGES = (

@@ -13,8 +13,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
+from ..files import read_checkpoint, shorten
 from ..models import PyramidBackbone
-from ..reading import read_checkpoint, shorten
 
 #: Settings of a model that change nothing about what a checkpoint fits.
 TRAINING_ONLY = ('_scope_', 'drop_path_rate', 'init_cfg', 'pretrained', 'with_cp')

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..reading import shorten
+from ..files import shorten
 from .checkpoints import check_fit, find, load, match_meta, match_path
 from .datasets import missing_data
 from .runs import Job, Row

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..benchmark.report import device_name, versions
-from ..writing import write_whole
+from ..files import write_whole
 from .published import TASKS, Task
 from .runs import Row
 

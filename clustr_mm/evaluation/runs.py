@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..reading import shorten
+from ..files import shorten
 from .published import NOT_THIS_CONFIG, Task, find_task
 
 LOG = 'test.log'

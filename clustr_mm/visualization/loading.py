@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..benchmark.backbones import without_weights
 from ..evaluation.checkpoints import load
+from ..files import read_config, shorten
 from ..models.clustr import ClusTR
-from ..reading import read_config, shorten
 
 #: What the data preprocessors of the toolboxes call the exchange of red and blue.
 CONVERSIONS = (

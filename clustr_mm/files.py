@@ -1,8 +1,12 @@
-"""Reads files of any origin: checkpoints, without running anything in them, and
-configs, which are programs."""
+"""Reads files of any origin, and writes files all or nothing.
+
+A checkpoint is read without running anything in it; a config is a program and runs.
+"""
 
 import importlib.util
+import os
 import re
+import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -117,3 +121,27 @@ def _load_torch(path: str) -> Any:
                 if any(Path(n).name == 'constants.pkl' for n in archive.namelist()):
                     raise ValueError('is an archive of TorchScript')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file such that an interruption leaves the old or the new one.
+
+    Args:
+        path (Path): The file, replaced if it is there.
+        content (bytes or memoryview): What it gets.
+
+    Raises:
+        OSError: If it cannot be written. Then it is as it was.
+    """
+    # In the same folder, because only within one file system a file takes the place
+    # of another at once. Of a name of its own, for others that write the same file.
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
+    try:
+        with temporary.open('xb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
