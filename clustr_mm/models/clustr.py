@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..ops import Clusters, merge_tokens
 from ..ops.dpc_knn import check_number
-from ..ops.merge import EPS
 from .layers import ConvFFN, FullAttention, attend
 from .pyramid import Block, PyramidBackbone, Stage
 
@@ -90,7 +89,7 @@ class ClusteredAttention(nn.Module):
             coarse = min(coarse, self.max_clusters)
         return coarse, min(4 * coarse, num_tokens)
 
-    def merge(self, x: Tensor, clusters: Clusters) -> list[Tensor]:
+    def merge(self, x: Tensor, clusters: Clusters) -> tuple[Tensor, ...]:
         """Merge tokens (B, N, C) to (B, M, C), for each scale."""
         # Not by a matrix product: one of a single column rounds differently from
         # row to row, so that equal tokens would get different weights.
@@ -98,16 +97,7 @@ class ClusteredAttention(nn.Module):
         scores = scores + self.importance.bias
         # In float32, or exp() of a score above 11 overflows in float16.
         weights = scores.float().clamp(max=MAX_IMPORTANCE).exp()
-        merged = []
-        for scale, (labels, count) in enumerate(zip(clusters.labels, clusters.counts)):
-            if count == x.shape[1]:
-                # Each token is merged with itself alone, and attention does
-                # not care in which order.
-                merged.append((x * (weights / (weights + EPS))).to(x.dtype))
-            else:
-                means = clusters.means and clusters.means[scale]
-                merged.append(merge_tokens(x, labels, count, weights, means))
-        return merged
+        return merge_tokens(x, clusters, weights)
 
 
 def arch_of(depths: list[int], third: int = 256) -> dict:
@@ -157,6 +147,9 @@ class ClusTR(PyramidBackbone):
             every stage has at 224 x 224, and k-means the cost is linear in the
             pixels, but for the full attention at stride 32. Defaults to None, no
             limit, as in the paper.
+        share_clusters (bool): Whether the blocks of a stage share the clusters that
+            its first block finds, so that three clusterings do for the network.
+            Defaults to False, as in the paper: each block finds its own.
         in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
         frozen_stages, with_cp, norm_cfg, init_cfg: See :class:`PyramidBackbone`. With
             ``with_cp`` the clusters are kept, and not found again.
@@ -199,6 +192,7 @@ class ClusTR(PyramidBackbone):
         arch: str | dict = 'tiny',
         clusterer: dict | None = None,
         max_clusters: int | None = None,
+        share_clusters: bool = False,
         in_channels: int = 3,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -222,6 +216,7 @@ class ClusTR(PyramidBackbone):
             arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
             frozen_stages, with_cp, norm_cfg, init_cfg,
             clusterer=clusterer or dict(type='DPCKNN'), max_clusters=max_clusters,
+            share_clusters=share_clusters,
         )  # fmt: skip
 
     def make_stage(
@@ -230,6 +225,7 @@ class ClusTR(PyramidBackbone):
         drop_path_rates: Sequence[float],
         clusterer: dict,
         max_clusters: int | None,
+        share_clusters: bool,
     ) -> Stage:
         """Build stage ``index`` with as many blocks as there are rates."""
         embed_dims, num_heads, sr_ratio, mlp_ratio = self.arch_entries(
@@ -255,7 +251,11 @@ class ClusTR(PyramidBackbone):
             ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), self.drop_rate)
             blocks.append(Block(attn, ffn, embed_dims, rate, self.norm_cfg))
         return Stage(
-            self.make_patch_embed(index), blocks, self.make_norm(index), self.with_cp
+            self.make_patch_embed(index),
+            blocks,
+            self.make_norm(index),
+            self.with_cp,
+            share_clusters,
         )
 
 

@@ -45,12 +45,13 @@ class Block(nn.Module):
         return x + self.drop_path(self.ffn(self.norm2(x), hw))
 
     def keep(self, x: Tensor, *args: Any) -> tuple:
-        """What the backward pass shall not find again, as further arguments.
+        """What neither the backward pass nor another block shall find again.
 
-        That is the clusters of an attention that has some: labels are small, and take
-        long to find.
+        That is the clusters of an attention that has some, as a further argument of
+        :meth:`forward`: labels are small, and take long to find. None if ``args``
+        has them already.
         """
-        if not hasattr(self.attn, 'cluster'):
+        if not hasattr(self.attn, 'cluster') or len(args) > 1:
             return ()
         with torch.no_grad():
             return (self.attn.cluster(self.norm1(x), *args),)
@@ -66,7 +67,8 @@ def run_block(block: Block, with_cp: bool, *args: Any) -> Any:
 class Stage(nn.Module):
     """One level of the pyramid: patch embedding, blocks, norm of the tokens.
 
-    With ``with_cp`` the backward pass computes the blocks anew.
+    With ``with_cp`` the backward pass computes the blocks anew. With ``share_clusters``
+    all blocks attend to the clusters that the first one finds.
     """
 
     def __init__(
@@ -75,18 +77,21 @@ class Stage(nn.Module):
         blocks: Sequence[nn.Module],
         norm: nn.Module,
         with_cp: bool,
+        share_clusters: bool = False,
     ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.with_cp = with_cp
+        self.share_clusters = share_clusters
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C, h, w), both channels last in memory."""
         x, hw = self.patch_embed(x)
+        shared = self.blocks[0].keep(x, hw) if self.share_clusters else ()
         for block in self.blocks:
-            x = run_block(block, self.with_cp, x, hw)
+            x = run_block(block, self.with_cp, x, hw, *shared)
         return to_map(self.norm(x), hw)
 
 

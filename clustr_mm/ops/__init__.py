@@ -1,10 +1,10 @@
 """Clustering operators of ClusTR, independent of the model."""
 
 from .backend import get_search_backend, set_search_backend
-from .clusterers import DPCKNN, Clusters, GridCells, KMeans
+from .clusterers import DPCKNN, GridCells, KMeans
 from .dpc_knn import dpc_knn
 from .kmeans import grid_cells, kmeans
-from .merge import merge_tokens
+from .merge import Clusters, merge_tokens
 
 __all__ = [
     'DPCKNN',

@@ -8,7 +8,6 @@ below that number. That is all: any class of this kind, registered in
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from mmengine.registry import MODELS
@@ -16,21 +15,7 @@ from torch import Tensor, nn
 
 from .dpc_knn import check_number, dpc_knn
 from .kmeans import grid_cells, kmeans
-
-
-class Clusters(NamedTuple):
-    """What a clusterer returns; one of a user's own may return a pair.
-
-    Attributes:
-        labels (tuple[Tensor]): (B, N) int64, for each scale.
-        counts (tuple[int]): Number of clusters M, for each scale.
-        means (tuple[Tensor], optional): (B, M, C) for each scale, what stands for a
-            cluster without tokens; None if there is none.
-    """
-
-    labels: tuple[Tensor, ...]
-    counts: tuple[int, ...]
-    means: tuple[Tensor, ...] | None = None
+from .merge import Clusters
 
 
 @MODELS.register_module()

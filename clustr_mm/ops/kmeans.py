@@ -101,7 +101,8 @@ def kmeans(
 
     Returns:
         tuple: For each scale labels (B, h * w) int64; the number of clusters M, as of
-        :func:`grid_shapes`; and their means (B, M, C) float32.
+        :func:`grid_shapes`; and their means (B, M, C) float32, None where every token
+        is its own.
 
     Raises:
         ValueError: If an argument is not as stated.
@@ -125,12 +126,13 @@ def kmeans(
             number = shape[0] * shape[1]
             if number == points.shape[1]:
                 places = torch.arange(number, device=tokens.device)
-                places = places.expand(len(tokens), -1)
+                places, means = places.expand(len(tokens), -1), None
             else:
                 places, sums = _kmeans(points, sums, place_hw, shape, steps)
                 points = sums[..., :-1] / sums[..., -1:]
+                means = points + origin
             labels = places if labels is None else places.gather(1, labels)
-            found.insert(0, (labels, number, points + origin))
+            found.insert(0, (labels, number, means))
             place_hw = shape
     labels, numbers, means = zip(*found)
     return labels, numbers, means
@@ -152,7 +154,6 @@ def _kmeans(
     Returns:
         tuple[Tensor, Tensor]: Labels (B, h * w), and sums of clusters (B, M, C + 1).
     """
-    number = shape[0] * shape[1]
     cells = sums.unflatten(1, hw).permute(0, 3, 1, 2)
     clusters = F.adaptive_avg_pool2d(cells, shape).permute(0, 2, 3, 1).flatten(1, 2)
     for _ in range(steps):
@@ -160,7 +161,7 @@ def _kmeans(
         labels = nearest_mean(points, means[..., :-1])
         # Its former mean counts among the points of a cluster, with a weight that only
         # shows where there is no other.
-        clusters = sum_clusters(sums, labels, number, means * TRACE)
+        clusters = sum_clusters(sums, labels, means * TRACE)
     return labels, clusters
 
 

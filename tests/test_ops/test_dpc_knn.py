@@ -1,13 +1,12 @@
 import importlib
-import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from naive import naive_dpc_knn, naive_merge
+from naive import naive_dpc_knn
 
-from clustr_mm.ops import dpc_knn, merge_tokens, search
+from clustr_mm.ops import dpc_knn, search
 
 # The package exports a function under the name of this module.
 dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
@@ -355,86 +354,3 @@ def test_float32_is_not_rounded_to_tf32(legacy):
         assert getattr(matmul, name) == chosen
     finally:
         setattr(matmul, name, before)
-
-
-# ---- merging
-
-
-def merge_inputs(seed=0):
-    random.seed(seed)
-    tokens = randn(2, 30, 6, seed=seed).double()
-    labels = torch.tensor([[random.randrange(7) for _ in range(30)] for _ in range(2)])
-    return tokens, labels, randn(2, 30, seed=seed + 1).double().exp()
-
-
-def test_merge_by_definition():
-    tokens, labels, weights = merge_inputs()
-    expected = naive_merge(tokens, labels, 8, weights)
-    merged = merge_tokens(tokens, labels, 8, weights)
-    torch.testing.assert_close(merged, expected)
-    assert not merged[:, 7].any()  # nobody's cluster
-    assert torch.equal(merge_tokens(tokens, labels, 8, weights[..., None]), merged)
-    means = randn(2, 8, 6, seed=3).double()
-    with_means = merge_tokens(tokens, labels, 8, weights, means)
-    assert torch.equal(with_means[:, 7], means[:, 7])
-    assert torch.equal(with_means[:, :7], merged[:, :7])
-
-
-def test_merge_gradients():
-    tokens, labels, weights = merge_inputs()
-    assert torch.autograd.gradcheck(
-        lambda t, w: merge_tokens(t, labels, 7, w),
-        (tokens.requires_grad_(), weights.requires_grad_()),
-    )
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_merge_sums_in_float32(dtype):
-    # 4096 ones: a half-precision sum would stop growing at 2048 or before.
-    tokens = torch.ones(1, 4096, 1, dtype=dtype)
-    tokens[:, 2048:] = 3
-    labels = torch.zeros(1, 4096, dtype=torch.int64)
-    weights = torch.ones(1, 4096, dtype=dtype)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        merged = merge_tokens(tokens, labels, 1, weights)
-    assert merged.dtype == dtype
-    assert merged.item() == 2
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-def test_merge_on_a_gpu():
-    tokens, labels, weights = merge_inputs()
-    expected = merge_tokens(tokens, labels, 8, weights)
-    on_gpu = [x.cuda() for x in (tokens, labels, weights)]
-    merged = merge_tokens(*on_gpu[:2], 8, on_gpu[2])
-    torch.testing.assert_close(merged.cpu(), expected)
-    # Many tokens to each cluster: sums in any order would not agree twice.
-    tokens, weights = randn(2, 20000, 64).cuda(), randn(2, 20000).exp().cuda()
-    labels = torch.arange(20000, device='cuda').expand(2, -1) % 7
-    first, second = (merge_tokens(tokens, labels, 7, weights) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-def test_merge_on_the_meta_device():
-    tokens, labels, weights = (x.to('meta') for x in merge_inputs())
-    merged = merge_tokens(tokens.half(), labels, 8, weights)
-    assert merged.is_meta and merged.shape == (2, 8, 6)
-    assert merged.dtype == torch.float16
-
-
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
-        (dict(tokens=torch.zeros(30, 6)), r'\(B, N, C\).*\(30, 6\)'),
-        (dict(tokens=torch.zeros(2, 30, 6).long()), 'int64'),
-        (dict(labels=torch.zeros(2, 29).long()), r'labels.*\(2, 30\).*\(2, 29\)'),
-        (dict(labels=torch.zeros(2, 30)), 'labels must be int64.*float32'),
-        (dict(weights=torch.ones(30)), r'weights.*\(2, 30, 1\).*\(30,\)'),
-        (dict(num_clusters=0), 'num_clusters.*got 0'),
-    ],
-)
-def test_merge_wrong_arguments(change, message):
-    tokens, labels, weights = merge_inputs()
-    kwargs = dict(tokens=tokens, labels=labels, num_clusters=7, weights=weights)
-    with pytest.raises(ValueError, match=message):
-        merge_tokens(**{**kwargs, **change})

@@ -137,4 +137,5 @@ def test_grid_and_kmeans_of_any_map(case, steps):
     assert again == counts
     for label, got, mean in zip(labels, counts, means):
         assert label.min() >= 0 and label.max() < got
-        assert mean.shape == (2, got, 4) and mean.isfinite().all()
+        if got < tokens.shape[1]:
+            assert mean.shape == (2, got, 4) and mean.isfinite().all()
