@@ -59,7 +59,7 @@ def randn(*shape, seed=0, **kwargs):
 
 @pytest.fixture(scope='module')
 def tool():
-    path = ROOT / 'tools/benchmark.py'
+    path = ROOT / 'tools/analysis_tools/benchmark.py'
     spec = importlib.util.spec_from_file_location('benchmark_tool', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

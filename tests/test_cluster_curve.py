@@ -29,7 +29,7 @@ CONFIG = """model = dict(
 @pytest.fixture(scope='module')
 def tool():
     spec = importlib.util.spec_from_file_location(
-        'cluster_curve', ROOT / 'tools/cluster_curve.py'
+        'cluster_curve', ROOT / 'tools/analysis_tools/cluster_curve.py'
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import find_backbone, our_types
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -18,7 +19,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 import clustr_mm
-from clustr_mm.benchmark.backbones import find_backbone, our_types
 from clustr_mm.toy_data import make_toy_data
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

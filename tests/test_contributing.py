@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import find_backbone, our_types, presets
+from get_flops import count_flops, load_model
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_models.backbones import ARCHS
-
-from clustr_mm.benchmark.backbones import find_backbone, our_types, presets
-from clustr_mm.flops import count_flops, load_model
 
 PAGE = Path(__file__).parents[1] / 'CONTRIBUTING.md'
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import find_backbone
+from get_flops import CPU_ATTENTION, count_flops, load_model, to_markdown
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clustr_mm import ClusTR
-from clustr_mm.benchmark.backbones import find_backbone
-from clustr_mm.flops import CPU_ATTENTION, count_flops, load_model, to_markdown
 from clustr_mm.ops import DPCKNN
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +192,7 @@ def test_table():
 
 def test_command_line(tmp_path):
     out = tmp_path / 'flops.json'
-    tool = [sys.executable, str(ROOT / 'tools/get_flops.py')]
+    tool = [sys.executable, str(ROOT / 'tools/analysis_tools/get_flops.py')]
     done = subprocess.run(
         [*tool, 'small', 'resnet-50', '--shape', '224', '--out', out],
         capture_output=True, text=True, check=False,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / 'tools/gpu_acceptance.py'
+TOOL = ROOT / 'tools/analysis_tools/gpu_acceptance.py'
 PEERS = ('mmdet', 'mmcv', 'timm')
 
 #: Stands in for an environment of torch and mmengine alone.

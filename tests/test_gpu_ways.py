@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from get_flops import load_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,6 @@ from torch.utils._pytree import tree_flatten
 from torch_versions import compiles
 
 from clustr_mm.benchmark.kernels import count_kernels
-from clustr_mm.flops import load_model
 from clustr_mm.ops import kmeans, merge_tokens, set_search_backend
 
 sys.path.append(str(Path(__file__).parent / 'test_models'))
@@ -168,9 +168,8 @@ def test_dpc_knn(length):
 
 def test_kmeans_and_merge():
     def merged(tokens):
-        found = zip(*kmeans(tokens, (200, 336), (49, 196)))
-        weights = tokens[..., 0].exp()
-        return [merge_tokens(tokens, *f[:2], weights, f[2]) for f in found]
+        found = kmeans(tokens, (200, 336), (49, 196))
+        return merge_tokens(tokens, found, tokens[..., 0].exp())
 
     outs, watch = run(merged, (2, 67200, 64))
     assert [out.shape for out in outs] == [(2, 48, 64), (2, 192, 64)]  # 6 x 8 cells

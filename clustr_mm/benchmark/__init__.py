@@ -1,10 +1,11 @@
 """Time and memory of backbones and of the clustering, side by side."""
 
-from .backbones import Backbone, find_backbone, presets
+from backbones import Backbone, find_backbone, presets
+from textbook import TextbookDPCKNN, textbook_dpc_knn
+
 from .cases import BackboneCase, OperatorCase, SweepCase
 from .report import Report
 from .runner import Row, Settings, add_ratios, run
-from .textbook import TextbookDPCKNN, textbook_dpc_knn
 
 __all__ = [
     'presets',

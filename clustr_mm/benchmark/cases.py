@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from backbones import Backbone
+from textbook import textbook_dpc_knn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import DPCKNN, KMeans, dpc_knn
-from .backbones import Backbone
-from .textbook import textbook_dpc_knn
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 

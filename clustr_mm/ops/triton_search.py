@@ -141,7 +141,7 @@ def configuration(
 ) -> dict[str, int | bool | str]:
     """The constants that the kernel is compiled with, and its warps and stages.
 
-    Found with ``tools/kernel_resources.py``: large blocks that spill no registers
+    Found with ``kernel_resources.py``: large blocks that spill no registers
     and leave 12 warps or more on a processor.
     """
     # Queries of a program, keys and channels of a step, warps, stages.

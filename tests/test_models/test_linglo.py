@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from get_flops import count_flops
 from test_models import backbones
 from test_models.backbones import ARCHS, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_versions import HALF
 
-from clustr_mm.flops import count_flops
 from clustr_mm.models import layers, linglo
 from clustr_mm.models.linglo import KeyOnlyAttention, LinGlo
 

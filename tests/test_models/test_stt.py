@@ -3,13 +3,13 @@ from functools import partial
 
 import pytest
 import torch
+from get_flops import count_flops
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
 from test_models import backbones
 from test_models.backbones import ARCHS, load_all, randn
 from torch import nn
 
-from clustr_mm.flops import count_flops
 from clustr_mm.models import stt
 from clustr_mm.models.stt import STT, ClassAttention
 

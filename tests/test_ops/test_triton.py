@@ -19,7 +19,7 @@ pytest.importorskip('triton.backends', reason='no Triton 3')
 # The package exports a function under the name of this module.
 dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
 MODULE = 'clustr_mm.ops.triton_search'
-TOOL = Path(__file__).parents[2] / 'tools/kernel_resources.py'
+TOOL = Path(__file__).parents[2] / 'tools/analysis_tools/kernel_resources.py'
 NO_COMPILER = re.compile('ptxas.* not found|find ptxas|name .knobs.|attribute .ptxas')
 
 

@@ -2,7 +2,7 @@
 
 Needs torch, Triton and mmengine; peers come from mmdet or timm, where one is there.
 Writes gpu_acceptance.json and .md. Exit status 1: something failed, 2: no GPU. Run it
-by `make gpu`, or to try it: `python tools/gpu_acceptance.py --device cpu --quick`.
+by `make gpu`, or to try it: `python tools/analysis_tools/gpu_acceptance.py --device cpu --quick`.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from statistics import median
 from unittest import mock
 
 import torch
+from backbones import WAYS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clustr_mm import ClusTR
 from clustr_mm.benchmark import Backbone, BackboneCase, OperatorCase, find_backbone
-from clustr_mm.benchmark.backbones import WAYS
 from clustr_mm.benchmark.cases import OPERATORS, smooth_noise
 from clustr_mm.benchmark.memory import describe, free_memory, probe_cuda
 from clustr_mm.benchmark.report import device_name, versions

@@ -5,7 +5,7 @@ and prints a table. No GPU is needed. Exit status 1 if numbers are spilled out o
 registers, or if a card has too little shared memory.
 
 Example:
-    python tools/kernel_resources.py --out docs/gpu.md
+    python tools/analysis_tools/kernel_resources.py --out docs/gpu.md
 """
 
 import argparse

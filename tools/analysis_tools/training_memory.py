@@ -2,7 +2,7 @@
 
 Every operation of the forward and the backward pass runs on tensors without numbers
 (FakeTensorMode), and their sizes are added up (MemTracker). Takes some minutes.
-Example: python tools/training_memory.py --inputs 4x512x512 --backbones clustr-s-linear
+Example: python tools/analysis_tools/training_memory.py --inputs 4x512x512 --backbones clustr-s-linear
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Compare backbones, and the clustering operator with a textbook one.
 
 Examples:
-    python tools/benchmark.py --sizes 224 512 800x1344 --split
-    python tools/benchmark.py --backbones clustr-s clustr-s-textbook --sizes 512
-    python tools/benchmark.py --operator 1x16384x64 4x3136x64
-    python tools/benchmark.py --sweep 224 448 896 1344
+    python tools/analysis_tools/benchmark.py --sizes 224 512 800x1344 --split
+    python tools/analysis_tools/benchmark.py --backbones clustr-s clustr-s-textbook --sizes 512
+    python tools/analysis_tools/benchmark.py --operator 1x16384x64 4x3136x64
+    python tools/analysis_tools/benchmark.py --sweep 224 448 896 1344
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from typing import Any
 
 from mmengine.registry import MODELS
 from mmengine.utils import import_modules_from_strings
+from textbook import TextbookDPCKNN
 from torch import nn
 
-from ..files import read_config
-from ..models import PyramidBackbone
-from .textbook import TextbookDPCKNN
+from clustr_mm.files import read_config
+from clustr_mm.models import PyramidBackbone
 
 #: Stock peers of about the size of ClusTR-small, by their toolbox.
 PEERS = {

@@ -1,8 +1,8 @@
 """Count the kernels that backbones start in a forward pass on a GPU, without one.
 
 Examples:
-    python tools/count_kernels.py
-    python tools/count_kernels.py clustr-b swin-t --sizes 224 800x1344 --top 10
+    python tools/analysis_tools/count_kernels.py
+    python tools/analysis_tools/count_kernels.py clustr-b swin-t --sizes 224 800x1344 --top 10
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import DPCKNN
+from clustr_mm.ops import DPCKNN
 
 
 def textbook_dpc_knn(
