@@ -1,10 +1,15 @@
 """Checkpoints of other origin: their names, and no silent misses."""
 
+import logging
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+from mmengine.logging import print_log
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
+
+from ..files import unwrap
 
 Names = Sequence[tuple[str, str]]
 
@@ -13,9 +18,6 @@ WRAPPERS = re.compile(r'^(?:module\.|model\.|backbone\.)+')
 
 #: Parameters of a block.
 BLOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.')
-
-#: Entries of a checkpoint that hold the weights.
-CONTAINERS = ('state_dict', 'model')
 
 
 def rename(key: str, names: Names) -> str:
@@ -32,15 +34,6 @@ def rename(key: str, names: Names) -> str:
             own = replacement.format(number)
             name = name[: match.start()] + own + name[match.end() :]
     return name
-
-
-def unwrap(state_dict: MutableMapping[str, Any]) -> None:
-    """Lift the weights out of containers, in place."""
-    for name in CONTAINERS:
-        if isinstance(state_dict.get(name), Mapping):
-            inner = state_dict.pop(name)
-            state_dict.update(inner)
-            unwrap(state_dict)
 
 
 def find_parameters(
@@ -147,3 +140,20 @@ def check_complete(
 def _first_parts(name: str, number: int) -> str:
     """The first components of a dotted name."""
     return '.'.join(name.split('.')[:number])
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class RandomStart:
+    """Leaves the weights as they are, and says so: ``init_cfg`` of a recipe that needs
+    weights of a file, where none is named.
+
+    Args:
+        warning (str): What to say.
+    """
+
+    def __init__(self, warning: str) -> None:
+        self.warning = warning
+
+    def __call__(self, module: nn.Module) -> None:
+        """Warn in the training's log."""
+        print_log(self.warning, 'current', logging.WARNING)

@@ -2,8 +2,12 @@
 # ImageNet classifier, or of any other checkpoint that holds this backbone, set once in
 # the environment:
 #   export CLUSTR_CHECKPOINT=work_dirs/clustr-s_8xb128_in1k/epoch_300.pth
-# Without it training starts from random weights.
+# Without it training starts from random weights, and says so.
 checkpoint = '{{$CLUSTR_CHECKPOINT:none}}'
-pretrained = (
-    None if checkpoint == 'none' else dict(type='Pretrained', checkpoint=checkpoint)
-)
+pretrained = dict(type='Pretrained', checkpoint=checkpoint)
+if checkpoint in ('none', ''):
+    pretrained = dict(
+        type='RandomStart',
+        warning='CLUSTR_CHECKPOINT is not set: the backbone starts from random '
+        'weights, with which this recipe does not come near published figures',
+    )

@@ -5,7 +5,8 @@ _base_ = [
 ]
 custom_imports = dict(imports=['clustr_mm'])
 
-# All four stages meet in one map of stride 4, as in TCFormer, by an FPN.
+# All four stages meet in one map of stride 4, as in TCFormer; by an FPN, the nearest
+# stock neck to TCFormer's own (a transformer over the tokens of all stages).
 model = dict(
     backbone=dict(
         _delete_=True,

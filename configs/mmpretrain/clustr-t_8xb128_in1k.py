@@ -24,7 +24,8 @@ model = dict(
 
 # The public code's recipe, DeiT's and PVT's: 300 epochs at batch size 1024 (8 GPUs x
 # 128), repeated augmentation. Their colour jitter of 0.4 is not listed here: timm
-# leaves it out where RandAugment is on.
+# leaves it out where RandAugment is on. That code trains and tests in mixed precision:
+# take --amp.
 train_dataloader = dict(
     batch_size=128, sampler=dict(_delete_=True, type='RepeatAugSampler', shuffle=True)
 )

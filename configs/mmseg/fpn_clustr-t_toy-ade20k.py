@@ -1,4 +1,5 @@
-# The demo: a few minutes from scratch on a CPU, on data of tools/make_toy_data.py.
+# The demo: a few minutes from scratch on a CPU, on data that
+# tools/dataset_converters/make_toy_data.py draws.
 _base_ = './fpn_clustr-t_4xb4-80k_ade20k-512x512.py'
 
 data_root = 'data/toy/ADEChallengeData2016'
@@ -24,7 +25,10 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-model = dict(data_preprocessor=dict(size=size), backbone=dict(drop_path_rate=0.0))
+model = dict(
+    data_preprocessor=dict(size=size),
+    backbone=dict(drop_path_rate=0.0, init_cfg=None),
+)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01),
     clip_grad=dict(max_norm=1.0),

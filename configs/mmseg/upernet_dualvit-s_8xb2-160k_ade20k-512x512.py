@@ -1,3 +1,4 @@
+# In float32; the public code trains in float16 with a loss scale of 512 (--amp).
 _base_ = './upernet_clustr-t_8xb2-160k_ade20k-512x512.py'
 model = dict(
     backbone=dict(type='DualViT', arch='small', drop_path_rate=0.15),

@@ -1,0 +1,2 @@
+_base_ = './linglo-b2_8xb128_in1k.py'
+model = dict(backbone=dict(arch='b0'), head=dict(in_channels=256))
