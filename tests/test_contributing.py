@@ -9,7 +9,7 @@ from backbones import find_backbone, our_types, presets
 from get_flops import count_flops, load_model
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from test_models.backbones import ARCHS
+from test_models.variants import ARCHS
 
 PAGE = Path(__file__).parents[1] / 'CONTRIBUTING.md'
 

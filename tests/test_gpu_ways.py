@@ -5,13 +5,13 @@ fails there, and it can be seen where every tensor is, and how large.
 """
 
 import importlib
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from get_flops import load_model
+from test_models.variants import for_all, make_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,10 +20,6 @@ from torch_versions import compiles
 
 from clustr_mm.benchmark.kernels import count_kernels
 from clustr_mm.ops import kmeans, merge_tokens, set_search_backend
-
-sys.path.append(str(Path(__file__).parent / 'test_models'))
-
-from backbones import for_all, make_model
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 

@@ -11,7 +11,7 @@ from broken_files import BROKEN, HOSTILE, Attack, make_file
 from mmengine.model import BaseModel
 from mmengine.runner import Runner, load_checkpoint
 from PIL import Image
-from test_models.backbones import ARCHS, CASES, make_model
+from test_models.variants import ARCHS, CASES, make_model
 from torch_versions import restricted
 
 from clustr_mm.evaluation.checkpoints import load

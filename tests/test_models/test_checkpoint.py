@@ -2,8 +2,8 @@ import pytest
 import torch
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint, save_checkpoint
-from test_models.backbones import load_all
 from test_models.test_clustr import ARCH, golden, randn, random_model  # noqa: F401
+from test_models.variants import load_all
 from torch import nn
 
 from clustr_mm import ClusTR

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_models import backbones
-from test_models.backbones import ARCHS, randn
+from test_models import variants
+from test_models.variants import ARCHS, randn
 from torch import nn
 from torch_versions import HALF
 
@@ -16,7 +16,7 @@ from clustr_mm.ops import DPCKNN, dpc_knn
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'clustr_tiny.npz'
 ARCH = ARCHS['ClusTR']
-random_model = partial(backbones.random_model, 'ClusTR')
+random_model = partial(variants.random_model, 'ClusTR')
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_models.backbones import randn
+from test_models.variants import randn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch_versions import compiles
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from test_models import backbones
-from test_models.backbones import ARCHS, load_all, loss_of, randn
+from test_models import variants
 from test_models.test_checkpoint import WRAPPINGS, wrappings
+from test_models.variants import ARCHS, load_all, loss_of, randn
 from torch import nn
 
 from clustr_mm.models.dual_vit import DualViT, SemanticTokens
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'dual_vit_tiny.npz'
 ARCH = ARCHS['DualViT']
-random_model = partial(backbones.random_model, 'DualViT')
+random_model = partial(variants.random_model, 'DualViT')
 
 
 @pytest.fixture(scope='module')

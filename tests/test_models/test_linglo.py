@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 from get_flops import count_flops
-from test_models import backbones
-from test_models.backbones import ARCHS, randn
+from test_models import variants
+from test_models.variants import ARCHS, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_versions import HALF
 
@@ -14,7 +14,7 @@ from clustr_mm.models import layers, linglo
 from clustr_mm.models.linglo import KeyOnlyAttention, LinGlo
 
 ARCH = ARCHS['LinGlo']
-random_model = partial(backbones.random_model, 'LinGlo')
+random_model = partial(variants.random_model, 'LinGlo')
 
 
 def make_attention(*args, **kwargs):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_models.backbones import (
+from test_models.variants import (
     ARCHS,
     CASES,
     for_all,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models.backbones import (
+from test_models.variants import (
     CASES,
     for_all,
     for_maps,

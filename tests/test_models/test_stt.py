@@ -6,15 +6,15 @@ import torch
 from get_flops import count_flops
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
-from test_models import backbones
-from test_models.backbones import ARCHS, load_all, randn
+from test_models import variants
+from test_models.variants import ARCHS, load_all, randn
 from torch import nn
 
 from clustr_mm.models import stt
 from clustr_mm.models.stt import STT, ClassAttention
 
 ARCH = ARCHS['STT']
-random_model = partial(backbones.random_model, 'STT')
+random_model = partial(variants.random_model, 'STT')
 
 
 def parts(model):
