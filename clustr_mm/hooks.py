@@ -1,9 +1,4 @@
-"""Hooks of trainings, by name.
-
-The hook itself stands in :mod:`clustr_mm.visualization.hook`. It is imported when a
-config asks for it, because MMEngine's hooks import OpenCV, which a backbone does not
-need.
-"""
+"""Hooks of trainings, by name."""
 
 from __future__ import annotations
 
@@ -16,11 +11,8 @@ from mmengine.registry import HOOKS
 def build_cluster_visualization_hook(**kwargs: Any) -> Any:
     """Build a :class:`clustr_mm.visualization.hook.ClusterVisualizationHook`.
 
-    Args:
-        **kwargs: Its arguments.
-
-    Returns:
-        ClusterVisualizationHook: The hook.
+    It is imported only when a config asks for it, because MMEngine's hooks import
+    OpenCV, which a backbone does not need.
     """
     from .visualization.hook import ClusterVisualizationHook
 

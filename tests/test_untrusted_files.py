@@ -1,12 +1,12 @@
 """Whatever way a bad checkpoint comes in: one error, no code run, nothing changed."""
 
 import contextlib
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import visualize_clusters
 from broken_files import BROKEN, HOSTILE, Attack, make_file
 from mmengine.model import BaseModel
 from mmengine.runner import Runner, load_checkpoint
@@ -17,7 +17,6 @@ from torch_versions import restricted
 from clustr_mm.evaluation.checkpoints import load
 from clustr_mm.models.pyramid import PyramidBackbone
 
-ROOT = Path(__file__).resolve().parents[1]
 FILE = 'weights.pth'
 
 
@@ -129,21 +128,13 @@ def test_resume_refuses_what_comes_beside_the_weights(tmp_path, monkeypatch):
         assert_refused(model, by_resume)
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f'tools/{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize('kind', HOSTILE + BROKEN)
 def test_visualize_clusters(tmp_path, monkeypatch, capsys, kind):
     monkeypatch.chdir(tmp_path)
     Path(FILE).write_bytes(make_file(kind, {}))
     Image.new('RGB', (40, 30)).save('image.png')
-    tool = load_tool('visualize_clusters')
     with pytest.raises(SystemExit) as end:
-        tool.main(['image.png', '--checkpoint', FILE, '--out', 'out'])
+        visualize_clusters.main(['image.png', '--checkpoint', FILE, '--out', 'out'])
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert FILE in said and said.count('\n') == 1

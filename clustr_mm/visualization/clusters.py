@@ -1,4 +1,4 @@
-"""Looking at the clusters that the attention of ClusTR goes to."""
+"""The clusters that the attention of ClusTR goes to, and where a token looks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models.clustr import ClusteredAttention, ClusTR
-from ..ops import DPCKNN, merge_tokens
-from .attention import attention_maps, cluster_shares, token_at
+from ..models.clustr import MAX_IMPORTANCE, ClusteredAttention, ClusTR
+from ..ops import DPCKNN, Clusters
 
 #: What the two scales of a block are called, in their order.
 SCALES = ('coarse', 'fine')
@@ -19,21 +18,20 @@ SCALES = ('coarse', 'fine')
 
 @dataclass
 class ClusterMap:
-    """The clusters of one image at one scale of one block.
+    """The clusters of one image at one scale of one block, on the CPU.
 
     Attributes:
-        stage (int): Stage from 0.
-        block (int): Block of the stage, from 0.
+        stage, block (int): From 0.
         scale (int): 0 for the coarse clusters, 1 for the fine ones.
         stride (int): Pixels per side of a token.
-        num_clusters (int): M.
+        num_clusters (int): M; k-means may leave a cluster without tokens.
         labels (Tensor): (h, w) int64, from 0 to M - 1, the cluster of each token.
-        centres (Tensor): (h, w) bool, a token of every cluster: for DPC-kNN the one
-            that it grew from, else the one nearest to its mean.
-        shares (Tensor): (h, w) float32, the share of each token in its merged
-            cluster, see :func:`cluster_shares`.
-        attention (Tensor, optional): (heads, h, w) float32, how much one query
-            gets from each token, see :func:`attention_maps`; None without a query.
+        shares (Tensor): (h, w) float32, ``w_i / sum(w)`` over the cluster, with ``w``
+            the exponential of the learned importance.
+        centres (Tensor, optional): (h, w) bool, the tokens that the clusters of DPC-kNN
+            grew from; None for other clusterers, whose clusters have no such token.
+        attention (Tensor, optional): (heads, h, w) float32, what one query gets from
+            each token, see :func:`compute_maps`; None without a query.
     """
 
     stage: int
@@ -42,8 +40,8 @@ class ClusterMap:
     stride: int
     num_clusters: int
     labels: Tensor
-    centres: Tensor
     shares: Tensor
+    centres: Tensor | None = None
     attention: Tensor | None = None
 
     @property
@@ -52,10 +50,22 @@ class ClusterMap:
         return self.num_clusters == self.labels.numel()
 
     @property
+    def sizes(self) -> Tensor:
+        """Tokens in each cluster, (M,) int64."""
+        return self.labels.flatten().bincount(minlength=self.num_clusters)
+
+    @property
     def relative_weights(self) -> Tensor:
         """Weight of each token over the mean weight in its cluster, (h, w) float32."""
-        sizes = self.labels.flatten().bincount(minlength=self.num_clusters)
-        return self.shares * sizes[self.labels]
+        return self.shares * self.sizes[self.labels]
+
+
+def find_clustr(model: nn.Module) -> ClusTR:
+    """Find the first backbone in a model, wrapped or not, or raise ValueError."""
+    for module in model.modules():
+        if isinstance(module, ClusTR):
+            return module
+    raise ValueError(f'there is no ClusTR in this {type(model).__name__}')
 
 
 def clustered_stages(backbone: ClusTR) -> list[int]:
@@ -70,16 +80,7 @@ def clustered_stages(backbone: ClusTR) -> list[int]:
 def clustered_attention(
     backbone: ClusTR, stage: int, block: int = -1
 ) -> ClusteredAttention:
-    """Find the attention module of a block, which must cluster its tokens.
-
-    Args:
-        backbone (ClusTR): The backbone.
-        stage (int): Stage from 0.
-        block (int): Block of the stage; negative counts from the last.
-            Defaults to -1.
-
-    Returns:
-        ClusteredAttention: The module.
+    """Find the attention of a block, by default the last, of a stage from 0.
 
     Raises:
         ValueError: If there is no such block, or the stage has full attention.
@@ -87,24 +88,39 @@ def clustered_attention(
     stages = clustered_stages(backbone)
     if stage not in stages:
         raise ValueError(
-            f'stage must be one of {stages}, the stages with clusters, got {stage}'
+            f'stage must be one of {stages}, the stages with clusters, got {stage!r}'
         )
     blocks = backbone.stages[stage].blocks
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(
             f'block must be from {-len(blocks)} to {len(blocks) - 1} in stage '
-            f'{stage}, got {block}'
+            f'{stage}, got {block!r}'
         )
     return blocks[block].attn
 
 
+def token_at(
+    point: tuple[float, float], size: tuple[int, int], hw: tuple[int, int]
+) -> int:
+    """Find the token of a map (h, w), row by row, that is drawn at a point x, y.
+
+    It is in pixels from the upper left corner of a picture, ``size`` high and wide; the
+    pixel in that corner goes from 0 to 1.
+
+    Raises:
+        ValueError: If the point is not in the picture.
+    """
+    (x, y), (height, width), (h, w) = point, size, hw
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(
+            f'the point {x:g}, {y:g} is outside the image of {width} x {height} pixels'
+        )
+    return int(y) * h // height * w + int(x) * w // width
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model without gradient or dropout, and leave its modes as they were.
-
-    Args:
-        model (nn.Module): Its modules need not all be in the same mode.
-    """
+    """Run a model without gradient or dropout, and leave its modes as they were."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -116,54 +132,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def record_clusters(
-    backbone: ClusTR, stage: int, block: int = -1, scale: int = 0
-) -> Iterator[list[Tensor]]:
-    """Record which cluster each token joins whenever the backbone runs.
-
-    Args:
-        backbone (ClusTR): The backbone, by itself or inside a larger model.
-        stage (int): Stage from 0.
-        block (int): Block of the stage; negative counts from the last.
-            Defaults to -1.
-        scale (int): 0 for the coarse clusters, 1 for the fine ones. Defaults
-            to 0.
-
-    Yields:
-        list[Tensor]: Grows by one item per forward pass while the context is
-        open: labels (B, h, w) int64 from 0 to the number of clusters - 1,
-        for images of h x w tokens.
-
-    Raises:
-        ValueError: If there is no such stage, block or scale.
-
-    Examples:
-        >>> import torch
-        >>> from clustr_mm import ClusTR
-        >>> model = ClusTR('tiny').eval()
-        >>> with torch.no_grad(), record_clusters(model, stage=0) as labels:
-        ...     _ = model(torch.rand(1, 3, 64, 96))
-        >>> labels[0].shape, int(labels[0].max())
-        (torch.Size([1, 16, 24]), 5)
-    """
-    attention = clustered_attention(backbone, stage, block)
-    if scale not in (0, 1):
-        raise ValueError(f'scale must be 0 (coarse) or 1 (fine), got {scale}')
-    records: list[Tensor] = []
-
-    def record(
-        module: nn.Module, inputs: tuple[Tensor, tuple[int, int]], _: Tensor
-    ) -> None:
-        tokens, hw = inputs[:2]
-        labels = attention.cluster(tokens, hw).labels
-        records.append(labels[scale].unflatten(1, hw))
-
-    handle = attention.register_forward_hook(record)
+def _run(backbone: ClusTR, images: Tensor, modules: list[nn.Module]) -> dict:
+    """Run a backbone, and return the tokens and (h, w) that each of its modules got."""
+    seen = {}
+    handles = [
+        module.register_forward_pre_hook(lambda key, x: seen.update({key: x[:2]}))
+        for module in modules
+    ]
     try:
-        yield records
+        with evaluating(backbone):
+            backbone(images)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _find_source(backbone: ClusTR, stage: int, block: int) -> ClusteredAttention:
+    """The attention whose tokens are clustered for that of a block."""
+    shared = backbone.stages[stage].share_clusters
+    return clustered_attention(backbone, stage, 0 if shared else block)
 
 
 def compute_clusters(
@@ -173,23 +161,27 @@ def compute_clusters(
 
     Args:
         backbone (ClusTR): The backbone; its training mode is left as it was.
-        images (Tensor): (B, 3, H, W), floating point, normalised as for the
-            backbone's training, on the backbone's device.
-        stage (int): See :func:`record_clusters`.
-        block (int): See :func:`record_clusters`. Defaults to -1.
-        scale (int): See :func:`record_clusters`. Defaults to 0.
+        images (Tensor): (B, C, H, W), floating point, normalised as for the
+            backbone's training, on its device.
+        stage (int): Stage from 0.
+        block (int): Block of the stage, negative from the last. Defaults to -1.
+        scale (int): 0 for the coarse clusters, 1 for the fine ones. Defaults to 0.
 
     Returns:
-        Tensor: Labels (B, h, w) int64.
+        Tensor: Labels (B, h, w) int64 for h x w tokens.
+
+    Raises:
+        ValueError: If there is no such stage, block or scale.
     """
-    with (
-        evaluating(backbone),
-        record_clusters(backbone, stage, block, scale) as labels,
-    ):
-        backbone(images)
-    return labels[0]
+    if scale not in (0, 1):
+        raise ValueError(f'scale must be 0 (coarse) or 1 (fine), got {scale!r}')
+    clustered_attention(backbone, stage, block)  # raises if there is none
+    source = _find_source(backbone, stage, block)
+    tokens, hw = _run(backbone, images, [source])[source]
+    return source.cluster(tokens, hw).labels[scale].unflatten(1, hw)
 
 
+@torch.no_grad()
 def compute_maps(
     backbone: ClusTR,
     image: Tensor,
@@ -199,26 +191,28 @@ def compute_maps(
 ) -> list[ClusterMap]:
     """Compute all there is to see of one image, without gradient or dropout.
 
+    With a point, the query is the token there. If it attends to cluster m with weight
+    ``a_m``, of a softmax over the clusters of one scale and for one head, it gets
+    ``a_m * w_i / sum(w)`` from token i of the cluster. These sum to 1 over the tokens,
+    and multiplied with their values give the output of the attention, exactly but for
+    the 1e-6 that the model adds to ``sum(w)``, and for clusters without tokens.
+
     Args:
         backbone (ClusTR): The backbone; its training mode is left as it was.
-        image (Tensor): (1, C, H, W), floating point, normalised as for the
-            backbone's training, on the backbone's device.
-        stages (Sequence[int], optional): Stages from 0, by default all with
-            clusters.
-        block (int): Block of each of these stages; negative counts from the last.
-            Defaults to -1.
-        point (tuple[float, float], optional): x and y, in pixels from the upper
-            left corner of the image, of a place whose token is to be the query of
-            the attention. Defaults to None.
+        image (Tensor): (1, C, H, W), see :func:`compute_clusters`.
+        stages (Sequence[int], optional): Stages from 0, by default all with clusters.
+        block (int): Block of each of them, negative from the last. Defaults to -1.
+        point (tuple[float, float], optional): x and y of the query, see
+            :func:`token_at`. Defaults to None.
 
     Returns:
-        list[ClusterMap]: Coarse and fine clusters of each stage, on the CPU.
+        list[ClusterMap]: Coarse and fine clusters of each stage.
 
     Raises:
         ValueError: If there is no such stage or block, the point is not in the
             image, or there is not one image.
     """
-    if image.ndim != 4 or image.shape[0] != 1:
+    if image.ndim != 4 or len(image) != 1:
         raise ValueError(
             f'image must have shape (1, C, H, W), got {tuple(image.shape)}'
         )
@@ -227,97 +221,71 @@ def compute_maps(
     size = (image.shape[2], image.shape[3])
     if point is not None:
         token_at(point, size, size)  # raises before the long computation
-    records = {}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, tuple[int, int]]) -> None:
-        records[module] = inputs[:2]
-
-    handles = [module.register_forward_pre_hook(record) for module in modules]
+    sources = [_find_source(backbone, stage, block) for stage in stages]
+    seen = _run(backbone, image, modules + sources)
     maps = []
-    try:
-        with evaluating(backbone):
-            backbone(image)
-            for stage, module in zip(stages, modules):
-                position = block % len(backbone.stages[stage].blocks)
-                place = dict(stage=stage, block=position, stride=4 * 2**stage)
-                tokens, hw = records[module]
-                query = None if point is None else token_at(point, size, hw)
-                maps += _map_scales(module, tokens, hw, query, place)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for stage, module, source in zip(stages, modules, sources):
+        place = dict(
+            stage=stage,
+            block=block % len(backbone.stages[stage].blocks),
+            stride=4 * 2**stage,
+        )
+        tokens, hw = seen[source]
+        clusters = source.cluster(tokens, hw)
+        ranks = _rank(source.clusterer, tokens, hw)
+        query = None if point is None else token_at(point, size, hw)
+        for found in _scales(module, seen[module][0], clusters, ranks, query):
+            tensors = {
+                key: value.unflatten(-1, hw) if isinstance(value, Tensor) else value
+                for key, value in found.items()
+            }
+            maps.append(ClusterMap(**place, **tensors))
     return maps
 
 
-def _map_scales(
-    attention: ClusteredAttention,
-    tokens: Tensor,
-    hw: tuple[int, int],
-    query: int | None,
-    place: dict[str, int],
-) -> Iterator[ClusterMap]:
-    """Both scales of a block for tokens (1, h * w, C)."""
-    clusters = attention.cluster(tokens, hw)
-    seen = (None, None)
-    if query is not None:
-        seen = attention_maps(attention, tokens, hw, query)
-    ranks = None
-    if isinstance(attention.clusterer, DPCKNN):
-        # With as many clusters as tokens all are centres, numbered by rank.
-        ranks = RankedDPCKNN.of(attention.clusterer)(tokens, hw, [tokens.shape[1]])
-        ranks = ranks.labels[0]
-    for scale, (labels, count, weights) in enumerate(
-        zip(clusters.labels, clusters.counts, seen)
-    ):
-        shares = cluster_shares(attention, tokens, labels, count)[0]
-        centres = _first_of_clusters(tokens, labels, count, ranks)
-        yield ClusterMap(
-            **place,
-            scale=scale,
-            num_clusters=count,
-            labels=labels[0].unflatten(0, hw).cpu(),
-            centres=centres[0].unflatten(0, hw).cpu(),
-            shares=shares.unflatten(0, hw).cpu(),
-            attention=None if weights is None else weights[0].unflatten(1, hw).cpu(),
-        )
+def _rank(clusterer: object, tokens: Tensor, hw: tuple[int, int]) -> Tensor | None:
+    """Rank (h * w,) of each token as a centre of DPC-kNN; None for other clusterers."""
+    if not isinstance(clusterer, DPCKNN):
+        return None
+    ranked = _RankedDPCKNN(clusterer.k, clusterer.window)
+    ranked.stride = clusterer.stride
+    return ranked(tokens, hw, [tokens.shape[1]]).labels[0][0].cpu()
 
 
-class RankedDPCKNN(DPCKNN):
-    """DPC-kNN that ranks tokens where all of them are wanted as clusters."""
-
-    @classmethod
-    def of(cls, clusterer: DPCKNN) -> RankedDPCKNN:
-        """With the settings of another clusterer."""
-        ranked = cls(clusterer.k, clusterer.window)
-        ranked.stride = clusterer.stride
-        return ranked
+class _RankedDPCKNN(DPCKNN):
+    """With as many clusters as tokens, numbers them by rank, not in their order."""
 
     def _cluster(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
         return self.find(tokens, counts)
 
 
-def _first_of_clusters(
-    tokens: Tensor, labels: Tensor, count: int, ranks: Tensor | None
-) -> Tensor:
-    """Mark one token of every cluster.
-
-    Args:
-        tokens (Tensor): (B, N, C).
-        labels (Tensor): (B, N) int64.
-        count (int): M.
-        ranks (Tensor, optional): (B, N) int64, rank as a centre. Without it the token
-            nearest to the mean of its cluster is marked.
-
-    Returns:
-        Tensor: (B, N) bool.
-    """
-    if ranks is None:
-        means = merge_tokens(tokens, labels, count, torch.ones_like(tokens[..., 0]))
-        index = labels.unsqueeze(2).expand_as(tokens)
-        distances = (tokens - means.gather(1, index)).square().sum(dim=2)
-        # As ranks: no two are equal.
-        order = distances.argsort(dim=1, stable=True)
-        ranks = order.argsort(dim=1)
-    best = ranks.new_full((len(tokens), count), tokens.shape[1])
-    best = best.scatter_reduce(1, labels, ranks, 'amin')
-    return ranks == best.gather(1, labels)
+def _scales(
+    module: ClusteredAttention,
+    tokens: Tensor,
+    clusters: Clusters,
+    ranks: Tensor | None,
+    query: int | None,
+) -> Iterator[dict]:
+    """What a :class:`ClusterMap` holds of tokens (1, N, C), scale by scale."""
+    importance = module.importance(tokens).flatten().cpu().double()
+    # In float64, or all weights of a cluster might be too small to tell from 0.
+    weights = importance.clamp(-600, MAX_IMPORTANCE).exp()
+    merged = module.merge(tokens, clusters)
+    for scale, kv in enumerate((module.kv1, module.kv2)):
+        labels, count = clusters.labels[scale][0].cpu(), clusters.counts[scale]
+        if count == len(labels):  # then merge() leaves the tokens in their order
+            labels = torch.arange(count)
+        sums = weights.new_zeros(count).index_add(0, labels, weights)
+        shares = (weights / sums[labels]).float()
+        found = dict(scale=scale, num_clusters=count, labels=labels, shares=shares)
+        if ranks is not None:
+            best = ranks.new_full((count,), len(ranks))
+            best = best.scatter_reduce(0, labels, ranks, 'amin')
+            found['centres'] = ranks == best[labels]
+        if query is not None:
+            heads = (module.num_heads, -1)
+            q = module.q(tokens[0, query]).unflatten(0, heads)
+            k = kv(merged[scale][0]).chunk(2, dim=-1)[0].unflatten(1, heads)
+            scores = torch.einsum('hd,mhd->hm', q, k).float() * q.shape[1] ** -0.5
+            found['attention'] = scores.softmax(dim=1).cpu()[:, labels] * shares
+        yield found

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .clusters import clustered_attention, clustered_stages, compute_maps
-from .loading import Pixels, find_clustr, stretch
-from .sheet import TITLE, Line, draw_sheet
+from .clusters import clustered_attention, clustered_stages, compute_maps, find_clustr
+from .figure import draw_figure, import_libraries
+from .loading import Pixels
 
 
 class ClusterVisualizationHook(Hook):
@@ -22,7 +21,7 @@ class ClusterVisualizationHook(Hook):
 
     Every ``interval`` iterations the first image of the batch, as the backbone gets
     it, is run through the backbone once more, in evaluation mode and without
-    gradient, and a sheet of its clusters and of the weights in them goes to the
+    gradient, and a figure of its clusters and of the weights in them goes to the
     back-ends of the runner's visualizer. Parameters, modes and random numbers of
     the training stay as they are without the hook.
 
@@ -33,12 +32,11 @@ class ClusterVisualizationHook(Hook):
         draw (bool): Whether to draw at all. Defaults to True, other than in the
             stock hooks, which stand in every config.
         interval (int): Iterations from picture to picture. Defaults to 500.
-        stages (Sequence[int], optional): Stages to show, from 0; (0, 1, 2) are
-            those with clusters in the three variants. Defaults to None, which is
-            all with clusters.
+        stages (Sequence[int], optional): Stages to show, from 0. Defaults to None,
+            which is all with clusters, (0, 1, 2) in the three variants.
         block (int): Block of each stage; negative counts from the last. Defaults
             to -1.
-        size (int): Longer side of each picture in the sheet, in pixels. Defaults
+        size (int): Longer side of each picture in the figure, in pixels. Defaults
             to 256.
         name (str): Name of the image in the back-ends. Defaults to
             'train_clusters'.
@@ -62,7 +60,7 @@ class ClusterVisualizationHook(Hook):
     ) -> None:
         for argument, value in [('interval', interval), ('size', size)]:
             if value < 1:
-                raise ValueError(f'{argument} must be at least 1, got {value}')
+                raise ValueError(f'{argument} must be at least 1, got {value!r}')
         self.draw = draw
         self.interval = interval
         self.stages = stages
@@ -74,17 +72,10 @@ class ClusterVisualizationHook(Hook):
         self._handle: Any = None
 
     def before_train(self, runner: Runner) -> None:
-        """Find the backbone.
-
-        Args:
-            runner (Runner): The runner of the training.
-
-        Raises:
-            ValueError: If the model has no ClusTR, or that has no such stage or
-                block.
-        """
+        """Find the backbone, and raise now what would be raised when drawing."""
         if not self.draw:
             return
+        import_libraries()
         backbone = find_clustr(runner.model)
         stages = clustered_stages(backbone) if self.stages is None else self.stages
         if not stages:
@@ -97,7 +88,7 @@ class ClusterVisualizationHook(Hook):
                 f'{type(self).__name__} does not work with FSDP: no process has all '
                 'parameters'
             )
-        if self._handle is None and is_main_process():
+        if is_main_process():
             # Here and not when it is wanted, because a compiled model knows of no
             # hook that comes later.
             self._handle = backbone.register_forward_pre_hook(self._keep)
@@ -108,65 +99,35 @@ class ClusterVisualizationHook(Hook):
             self._image = inputs[0][:1].detach().clone()
             self._waiting = False
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None
-    ) -> None:
-        """Ask for the image if this iteration is one to draw.
-
-        Args:
-            runner (Runner): The runner of the training.
-            batch_idx (int): Not used.
-            data_batch (Any): Not used.
-        """
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Ask for the image if this iteration is one to draw."""
         self._image = None
-        self._waiting = self.every_n_train_iters(runner, self.interval)
+        wanted = self._handle is not None
+        self._waiting = wanted and self.every_n_train_iters(runner, self.interval)
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict | None = None,
-    ) -> None:
-        """Draw the image if there is one.
-
-        Args:
-            runner (Runner): The runner of the training.
-            batch_idx (int): Not used.
-            data_batch (Any): Not used.
-            outputs (dict, optional): Not used.
-        """
-        image, self._image = self._image, None
-        if image is None:
-            if self._waiting and self._handle is not None:
-                runner.logger.warning(
-                    f'{type(self).__name__}: the backbone got no image in iteration '
-                    f'{runner.iter + 1}'
-                )
-            return
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Draw the image if there is one."""
         # The number that the logged losses and the checkpoints of this iteration have.
         step = runner.iter + 1
-        sheet = self._draw(runner.model, image, step)
-        runner.visualizer.add_image(self.name, sheet, step)
-
-    def after_train(self, runner: Runner) -> None:
-        """Take the hook of the backbone away.
-
-        Args:
-            runner (Runner): Not used.
-        """
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _draw(self, model: nn.Module, image: Tensor, step: int) -> np.ndarray:
-        """Sheet (H, W, 3) uint8 RGB for a normalised image (1, C, H, W)."""
-        backbone = find_clustr(model)
+        if self._waiting:
+            runner.logger.warning(
+                f'{type(self).__name__}: the backbone got no image in iteration {step}'
+            )
+        if self._image is None:
+            return
+        image, self._image = self._image, None
+        backbone = find_clustr(runner.model)
         image = image.to(next(backbone.parameters()).dtype)
         with torch.autocast(image.device.type, enabled=False):
             maps = compute_maps(backbone, image, self.stages, self.block)
-        pixels = Pixels.of_model(model)
-        picture = pixels.restore(image[0]) if pixels else stretch(image[0])
-        lines = [Line(f'Iteration {step:,}', TITLE, bold=True)]
-        lines.append(Line(f'{picture.shape[1]} × {picture.shape[0]} pixels'))
-        return draw_sheet(picture, maps, lines, longer=self.size)
+        picture = Pixels.of_model(runner.model).restore(image[0])
+        about = [f'{picture.shape[1]} × {picture.shape[0]} pixels']
+        title = f'Iteration {step:,}'
+        drawn = draw_figure(picture, maps, title, about, longer=self.size)
+        runner.visualizer.add_image(self.name, drawn, step)
+
+    def after_train(self, runner: Runner) -> None:
+        """Take the hook of the backbone away."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
