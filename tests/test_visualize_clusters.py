@@ -140,7 +140,7 @@ def test_many_pictures(photo, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--block', '2'], '--block must be first, last or up to 1 here, got 2'),
+        (['--block', '2'], '--block must be first, last or up to 1, got 2'),
         (
             ['--block', 'x'],
             'argument --block: must be first, last or a number from 0, ',

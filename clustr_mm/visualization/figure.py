@@ -147,7 +147,7 @@ def draw_figure(
             *((text, dict(fontsize=14)) for text in [*about, legend]),
             (alarm, dict(fontsize=14, weight='bold', color=RED)),
         ]
-        for line in textwrap.wrap(text, int(total_width / 9))
+        for line in textwrap.wrap(text, int(total_width / style['fontsize'] * 1.6))
     ]
     rows = len(maps) // 2
     top = MARGIN + len(heading) * LINE + 4 * MARGIN
@@ -184,12 +184,13 @@ def draw_figure(
             _show_heat(right, picture, found, end)
         for axis in row:
             axis.set_axis_off()
-            axis.set(xlim=row[0].get_xlim(), ylim=row[0].get_ylim())
             if point is not None:
                 x, y = np.array(point) * len(picture) / len(image) - 0.5
                 for colour, thickness in [('black', 5), (GREEN, 3)]:
                     ring = dict(mec=colour, mew=thickness, mfc='none', ms=14)
-                    axis.plot(x, y, 'o', clip_on=False, **ring)
+                    axis.plot(
+                        x, y, 'o', clip_on=False, scalex=False, scaley=False, **ring
+                    )
     canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
@@ -224,7 +225,7 @@ def _show_clusters(axis: Any, picture: np.ndarray, found: ClusterMap) -> None:
         y, x = (marked.nonzero().numpy().T + 0.5) * [[height / h], [width / w]]
         size = min(max(side / axis.figure.dpi * 36, 4), 7)  # half a token's
         dots = dict(mfc=YELLOW, mec='black', mew=size / 8, ms=size)
-        axis.plot(x - 0.5, y - 0.5, 'o', **dots)
+        axis.plot(x - 0.5, y - 0.5, 'o', scalex=False, scaley=False, **dots)
 
 
 def _show_heat(axis: Any, picture: np.ndarray, found: ClusterMap, end: float) -> None:
@@ -245,10 +246,10 @@ def _show_heat(axis: Any, picture: np.ndarray, found: ClusterMap, end: float) ->
         caption, ticks = 'weights: all 1', None
     axis.set_title(caption, **CAPTION)
     axis.imshow(picture @ np.array([0.299, 0.587, 0.114]), 'gray', vmin=0, vmax=255)
-    tokens = resize_labels(
-        np.arange(values.numel()).reshape(values.shape), height, width
+    place = dict(extent=(-0.5, width - 0.5, height - 0.5, -0.5), aspect='auto')
+    shown = axis.imshow(
+        values, colours, norm=norm, alpha=0.7, interpolation='nearest', **place
     )
-    shown = axis.imshow(values.flatten().numpy()[tokens], colours, norm=norm, alpha=0.7)
     if ticks:
         unit = axis.figure.dpi / 72 / height
         place = axis.inset_axes((0, -16 * unit, 1, 8 * unit))

@@ -58,9 +58,8 @@ def at_least(least: int) -> Callable[[str], int]:
 def parse_block(text: str) -> int:
     """A block by its name or number."""
     if text not in BLOCKS and not text.isdecimal():
-        raise argparse.ArgumentTypeError(
-            f'must be first, last or a number from 0, got {text!r}'
-        )
+        message = f'must be first, last or a number from 0, got {text!r}'
+        raise argparse.ArgumentTypeError(message)
     return BLOCKS[text] if text in BLOCKS else int(text)
 
 
@@ -81,33 +80,14 @@ def make_parser() -> argparse.ArgumentParser:
     add('--cluster-window', **pixels, help='cluster by dpc-knn in windows of this side')
     add('--max-clusters', type=at_least(1), help='most coarse clusters of a stage')
     add('--size', **pixels, default=448, help='shrink to this longer side (448)')
-    add(
-        '--block',
-        type=parse_block,
-        default='last',
-        metavar='first|last|INDEX',
-        help='of each stage; from 0, and of the stages that have so many (last)',
-    )
-    add(
-        '--point',
-        type=int,
-        nargs=2,
-        metavar=('X', 'Y'),
-        help='pixel of the picture, from its upper left corner, that attends',
-    )
-    add(
-        '--panel',
-        type=at_least(32),
-        default=448,
-        metavar='PIXELS',
-        help='longer side of each picture in the result (448)',
-    )
-    add(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/visualize_clusters'),
-        help='folder, or for one picture a name that ends in .png',
-    )
+    text = 'first, last or INDEX from 0, of the stages that have so many (last)'
+    add('--block', type=parse_block, default='last', metavar='INDEX', help=text)
+    text = 'pixel of the picture, from its upper left corner, that attends'
+    add('--point', type=int, nargs=2, metavar=('X', 'Y'), help=text)
+    text = 'longer side of each picture in the result (448)'
+    add('--panel', type=at_least(32), default=448, metavar='PIXELS', help=text)
+    text = 'folder, or for one picture a name that ends in .png'
+    add('--out', type=Path, default='work_dirs/visualize_clusters', help=text)
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     return parser
 
@@ -142,11 +122,9 @@ def find_stages(backbone: ClusTR, block: int) -> list[int]:
     if not stages:
         raise ValueError('this backbone has no stage with clusters')
     depths = {stage: len(backbone.stages[stage].blocks) for stage in stages}
-    if block >= max(depths.values()):
-        raise ValueError(
-            f'--block must be first, last or up to {max(depths.values()) - 1} here, '
-            f'got {block}'
-        )
+    last = max(depths.values()) - 1
+    if block > last:
+        raise ValueError(f'--block must be first, last or up to {last}, got {block}')
     return [stage for stage in stages if block < depths[stage]]
 
 
@@ -160,9 +138,8 @@ def build(args: argparse.Namespace) -> tuple[ClusTR, Pixels, str]:
         torch.empty(0, device=args.device)
     # Builds of PyTorch without a device raise AssertionError.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f'--device {args.device} cannot be used here: {shorten(error, 100)}'
-        ) from error
+        message = f'--device {args.device} cannot be used here: {shorten(error, 100)}'
+        raise ValueError(message) from error
     name = args.config.stem if args.config else f'ClusTR-{args.arch or "tiny"}'
     changes = {}
     if args.clusterer:
@@ -176,9 +153,8 @@ def build(args: argparse.Namespace) -> tuple[ClusTR, Pixels, str]:
         name += f', at most {args.max_clusters} coarse clusters'
     if args.checkpoint:
         name += f', weights of {args.checkpoint.name}'
-    backbone, pixels = load_backbone(
-        args.config, args.checkpoint, args.arch or 'tiny', **changes
-    )
+    source = (args.config, args.checkpoint, args.arch or 'tiny')
+    backbone, pixels = load_backbone(*source, **changes)
     return backbone.to(args.device), pixels, name
 
 
@@ -235,15 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += 1
             print(f'{place}{shorten(error)}', file=sys.stderr, flush=True)
         else:
-            seconds = time.monotonic() - start
-            print(f'{place}wrote {target}, took {seconds:.1f} s', flush=True)
+            took = f'took {time.monotonic() - start:.1f} s'
+            print(f'{place}wrote {target}, {took}', flush=True)
     if failed and len(targets) > 1:
         print(f'{failed} of {len(targets)} failed', file=sys.stderr)
     return 1 if failed else 0
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())
