@@ -3,13 +3,14 @@
 import logging
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
-from ..files import unwrap
+from ..files import read_checkpoint, unwrap
 
 Names = Sequence[tuple[str, str]]
 
@@ -20,11 +21,16 @@ WRAPPERS = re.compile(r'^(?:module\.|model\.|backbone\.)+')
 BLOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.')
 
 
-def rename(key: str, names: Names) -> str:
-    """A backbone's own name of a key, a foreign one, or one with a prefix.
+class MisfitError(RuntimeError):
+    """Weights do not fit a backbone."""
 
-    ``names`` are foreign ones as (regular expression, replacement). If the expression
-    has a group, it is a number from 1, and ``{}`` in the replacement is that less one.
+
+def rename(key: str, names: Names) -> str:
+    """Translate a key of a checkpoint to a backbone's own name.
+
+    Prefixes such as 'module.' are taken off. ``names`` translates foreign names, as
+    (regular expression, replacement). If the expression has a group, it is a number
+    that counts from 1, and ``{}`` in the replacement is the same counted from 0.
     """
     name = WRAPPERS.sub('', key)
     for pattern, replacement in names:
@@ -50,7 +56,7 @@ def find_parameters(
         dict[str, str]: For each own name that is there, the key.
 
     Raises:
-        RuntimeError: If two keys mean the same parameter.
+        MisfitError: If two keys mean the same parameter.
     """
     found: dict[str, str] = {}
     for key, value in state_dict.items():
@@ -58,7 +64,7 @@ def find_parameters(
         if name not in known or not isinstance(value, Tensor):
             continue
         if name in found:
-            raise RuntimeError(f'{found[name]} and {key} are both {name}')
+            raise MisfitError(f'{found[name]} and {key} are both {name}')
         found[name] = key
     return found
 
@@ -69,7 +75,7 @@ def translate_names(
     """Rename a state dict, in place; the ``load_state_dict`` pre-hook of a backbone.
 
     Raises:
-        RuntimeError: If two keys mean the same parameter; or if parameters are missing,
+        MisfitError: If two keys mean the same parameter; or if parameters are missing,
             for a backbone that ``requires_all``.
     """
     if not prefix:
@@ -93,10 +99,10 @@ def check_complete(
 ) -> None:
     """Refuse weights that do not fit a backbone, ``found`` by :func:`find_parameters`.
 
-    What its ``optional_names`` begin may be missing, all or nothing.
+    Parameters whose names begin with ``optional_names`` may be missing, if all are.
 
     Raises:
-        RuntimeError: If parameters are missing, have another shape, or stages have more
+        MisfitError: If parameters are missing, have another shape, or stages have more
             blocks than the backbone.
     """
     own = module.state_dict()
@@ -134,7 +140,18 @@ def check_complete(
         if which:
             more = f', and {len(which) - 3} more' if len(which) > 3 else ''
             message += f'; {what}: {", ".join(which[:3])}{more}'
-    raise RuntimeError(message)
+    raise MisfitError(message)
+
+
+def check_readable(init_cfg: dict | Sequence[dict] | None) -> None:
+    """Raise ValueError if a file named in ``init_cfg`` cannot be read."""
+    for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg or ():
+        path = Path(str(cfg.get('checkpoint'))).expanduser()
+        try:
+            if path.is_file():
+                read_checkpoint(path)
+        except ValueError as error:
+            raise ValueError(f'checkpoint {str(path)!r} {error}') from None
 
 
 def _first_parts(name: str, number: int) -> str:

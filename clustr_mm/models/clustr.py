@@ -15,12 +15,6 @@ from .pyramid import Block, PyramidBackbone, Stage
 #: exp() of an importance above this is beyond use and near overflow.
 MAX_IMPORTANCE = 60.0
 
-#: Arguments of former versions, and where they are now.
-MOVED = dict(
-    num_neighbors="clusterer=dict(type='DPCKNN', k=...)",
-    cluster_window="clusterer=dict(type='DPCKNN', window=...)",
-)
-
 
 class ClusteredAttention(nn.Module):
     """Multi-head attention of all tokens to token clusters of two scales.
@@ -154,10 +148,6 @@ class ClusTR(PyramidBackbone):
         frozen_stages, with_cp, norm_cfg, init_cfg: See :class:`PyramidBackbone`. With
             ``with_cp`` the clusters are kept, and not found again.
 
-    Raises:
-        TypeError: If there is no such argument.
-        ValueError: If an argument, or the shape of an input, is not as stated.
-
     Examples:
         >>> import torch
         >>> from clustr_mm import ClusTR
@@ -187,6 +177,11 @@ class ClusTR(PyramidBackbone):
         (r'\.mlp\.', '.ffn.'),
     )
 
+    moved_arguments = dict(
+        num_neighbors="clusterer=dict(type='DPCKNN', k=...)",
+        cluster_window="clusterer=dict(type='DPCKNN', window=...)",
+    )
+
     def __init__(
         self,
         arch: str | dict = 'tiny',
@@ -204,19 +199,12 @@ class ClusTR(PyramidBackbone):
         init_cfg: dict | list[dict] | None = None,
         **unknown: Any,
     ) -> None:
-        for name in unknown:
-            hint = (
-                f'it is {MOVED[name]} now'
-                if name in MOVED
-                else 'in a config _delete_=True drops the keys of another backbone'
-            )
-            raise TypeError(f'ClusTR: unexpected keyword argument {name!r}; {hint}')
         check_number('max_clusters', max_clusters, optional=True)
         super().__init__(
             arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
             frozen_stages, with_cp, norm_cfg, init_cfg,
             clusterer=clusterer or dict(type='DPCKNN'), max_clusters=max_clusters,
-            share_clusters=share_clusters,
+            share_clusters=share_clusters, **unknown,
         )  # fmt: skip
 
     def make_stage(
@@ -269,7 +257,13 @@ def build_clusterer(cfg: dict, stride: int, max_clusters: int | None) -> Callabl
         raise ValueError(
             f"clusterer must be a dict with a 'type' like 'DPCKNN', got {cfg!r}"
         )
-    clusterer = MODELS.build(cfg)
+    try:
+        clusterer = MODELS.build(cfg)
+    except KeyError as error:
+        raise ValueError(
+            "clusterer must have the type 'DPCKNN', 'KMeans', 'GridCells' or a "
+            f'registered one of your own, got {cfg!r}'
+        ) from error
     if max_clusters is not None and getattr(clusterer, 'window', None) is not None:
         raise ValueError(
             f'max_clusters={max_clusters} limits a whole map, and every window has '

@@ -1,7 +1,7 @@
 """Dual-ViT backbone."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
@@ -84,9 +84,7 @@ class SemanticTokens(nn.Module):
         squares = [min(POOLING, side) for side in hw]
         pooled = F.avg_pool2d(to_map(x, hw), squares, POOLING)
         queries = self.queries.transpose(0, 1).view(1, -1, GRID, GRID)
-        queries = F.interpolate(
-            queries, pooled.shape[2:], mode='bicubic', align_corners=False
-        )
+        queries = F.interpolate(queries, pooled.shape[2:], mode='bicubic')
         pooled, queries = to_tokens(pooled), to_tokens(queries)
         q = self.q(self.q_norm(queries)).expand_as(pooled)
         drop_rate = self.attn_drop_rate if self.training else 0.0
@@ -97,10 +95,10 @@ class SemanticTokens(nn.Module):
 
 
 class DualAttention(FullAttention):
-    """Semantics attend to themselves and to the pixels, the pixels to them.
+    """Semantics attend to themselves, then to the pixels, then the pixels to them.
 
-    Its cost is the product of their numbers (Dual-ViT, arXiv 2207.04976). Norms and
-    stochastic depth are those of the semantics.
+    The cost grows with the number of pixels times that of semantics (Dual-ViT, arXiv
+    2207.04976). The norms and the stochastic depth in here are those of the semantics.
     """
 
     def __init__(
@@ -150,7 +148,7 @@ class DualAttention(FullAttention):
 class DualBlock(Block):
     """:class:`DualAttention`, then a feed-forward layer of the pixels.
 
-    Arguments as of :class:`Block`; ``semantic_ffn`` is for :class:`MergeBlock`.
+    Takes the arguments of :class:`Block`, and ``semantic_ffn`` for :class:`MergeBlock`.
     """
 
     def __init__(
@@ -240,6 +238,17 @@ class DualStage(Stage):
         return x, self.semantic_norm(semantics)
 
 
+def arch_of(stem_width: int, embed_dims: list[int], depths: list[int]) -> dict:
+    """The sizes of the paper, with 32 channels per head."""
+    return dict(
+        stem_width=stem_width,
+        embed_dims=embed_dims,
+        num_heads=[dims // 32 for dims in embed_dims],
+        mlp_ratios=[8, 8, 4, 3],
+        depths=depths,
+    )
+
+
 @MODELS.register_module()
 class DualViT(PyramidBackbone):
     """Dual-ViT: a pyramid transformer of pixels and a few semantic tokens.
@@ -275,39 +284,14 @@ class DualViT(PyramidBackbone):
     """
 
     arch_zoo = {
+        **dict.fromkeys(['small', 's'], arch_of(32, [64, 128, 320, 448], [3, 4, 6, 3])),
+        **dict.fromkeys(['base', 'b'], arch_of(64, [64, 128, 320, 512], [3, 4, 15, 3])),
         **dict.fromkeys(
-            ['small', 's'],
-            dict(
-                stem_width=32,
-                embed_dims=[64, 128, 320, 448],
-                num_heads=[2, 4, 10, 14],
-                mlp_ratios=[8, 8, 4, 3],
-                depths=[3, 4, 6, 3],
-            ),
-        ),
-        **dict.fromkeys(
-            ['base', 'b'],
-            dict(
-                stem_width=64,
-                embed_dims=[64, 128, 320, 512],
-                num_heads=[2, 4, 10, 16],
-                mlp_ratios=[8, 8, 4, 3],
-                depths=[3, 4, 15, 3],
-            ),
-        ),
-        **dict.fromkeys(
-            ['large', 'l'],
-            dict(
-                stem_width=64,
-                embed_dims=[96, 192, 384, 512],
-                num_heads=[3, 6, 12, 16],
-                mlp_ratios=[8, 8, 4, 3],
-                depths=[3, 6, 21, 3],
-            ),
+            ['large', 'l'], arch_of(64, [96, 192, 384, 512], [3, 6, 21, 3])
         ),
     }
 
-    arch_keys = ('stem_width', 'embed_dims', 'num_heads', 'mlp_ratios', 'depths')
+    arch_keys = tuple(arch_zoo['small'])
     arch_numbers = ('stem_width',)
 
     public_names = (
@@ -351,21 +335,20 @@ class DualViT(PyramidBackbone):
         with_cp: bool = False,
         norm_cfg: dict | None = None,
         init_cfg: dict | list[dict] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__(
             arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
-            frozen_stages, with_cp, norm_cfg, init_cfg,
+            frozen_stages, with_cp, norm_cfg, init_cfg, **unknown,
         )  # fmt: skip
 
     @classmethod
     def check_arch(cls, arch: str | dict) -> dict:
-        """The ``arch`` dict; refuse what is none."""
+        """Return the ``arch`` dict, after a check."""
         settings = super().check_arch(arch)
         ratios = settings['mlp_ratios']
         if len(ratios) > 2 and ratios[2] <= 1:
-            raise ValueError(
-                f'arch mlp_ratios must be above 1 in the third stage, got {ratios}'
-            )
+            raise ValueError(f'arch mlp_ratios[2] must be above 1, got {ratios}')
         return settings
 
     def make_stage(self, index: int, drop_path_rates: Sequence[float]) -> DualStage:
@@ -377,17 +360,12 @@ class DualViT(PyramidBackbone):
         if index:
             patch_embed = self.make_patch_embed(index)
             before = self.arch_settings['embed_dims'][index - 1]
-            semantic_embed = nn.Sequential(
-                OrderedDict(
-                    proj=nn.Linear(before, embed_dims),
-                    norm=build_norm(norm_cfg, embed_dims),
-                )
-            )
+            semantic_embed = nn.Sequential()
+            semantic_embed.proj = nn.Linear(before, embed_dims)
+            semantic_embed.norm = build_norm(norm_cfg, embed_dims)
         else:
-            stem_width = self.arch_settings['stem_width']
-            patch_embed = StemPatchEmbed(
-                self.in_channels, stem_width, embed_dims, norm_cfg
-            )
+            width = self.arch_settings['stem_width']
+            patch_embed = StemPatchEmbed(self.in_channels, width, embed_dims, norm_cfg)
             semantic_embed = SemanticTokens(embed_dims, self.attn_drop_rate, norm_cfg)
         last = index == self.out_indices[-1]
         attn_args = (embed_dims, num_heads, self.attn_drop_rate, self.drop_rate)

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from ..ops.backend import exporting
 from ..ops.search import limit_of
 
-#: Most numbers of a slice of hidden channels in a feed-forward layer without
-#: gradients: on a CPU what the cache holds, elsewhere what keeps the device busy.
+#: How many hidden values a feed-forward layer without gradients computes at a time: on
+#: a CPU as many as its cache holds, elsewhere as many as keep the device busy.
 SLICE_ELEMENTS = {'cpu': 3 * 2**19, 'cuda': 2**24}
 
-#: A slice has at least so many channels, a multiple of a quarter of them.
+#: Such a slice has at least this many channels, and a multiple of a quarter of it.
 SLICE_CHANNELS = 64
 
 
@@ -31,9 +31,12 @@ def to_tokens(x: Tensor) -> Tensor:
 def build_norm(cfg: dict, num_features: int) -> nn.Module:
     """Build a norm over the ``num_features`` channels of (B, N, C) tokens.
 
-    In ``cfg``, ``type`` is 'LN' or a registered class that takes the number of channels
-    first, all else a ValueError; ``requires_grad=False`` freezes the parameters; the
-    rest goes to the class.
+    The ``type`` in ``cfg`` is 'LN' or a registered class whose first argument is the
+    number of channels; ``requires_grad=False`` freezes the parameters; the other
+    entries are arguments of the class.
+
+    Raises:
+        ValueError: If there is no such type.
     """
     cfg = dict(cfg)
     name = cfg.pop('type', None)
@@ -122,9 +125,9 @@ class FFN(nn.Module):
 class ConvFFN(nn.Module):
     """Feed-forward layer with a depth-wise 3x3 convolution in the middle.
 
-    ``fc2(GELU(h + DWConv(h)))`` with ``h = fc1(x)``. Without gradients the channels
-    of ``h`` are computed in slices that the cache holds; so no more than a slice of
-    them exists at a time.
+    ``fc2(GELU(h + DWConv(h)))`` with ``h = fc1(x)``. Without gradients ``h`` is
+    computed in slices of its channels, each small enough for the cache and gone before
+    the next.
 
     Args:
         embed_dims (int): Channels of the tokens.
@@ -255,8 +258,8 @@ class FullAttention(nn.Module):
     ) -> Tensor:
         """Map tokens (B, N, C) to the same shape, whatever their order.
 
-        ``hw`` is what other kinds of attention need; ``mask``, (B, N) bool, is that of
-        :func:`attend`.
+        ``mask``, (B, N) bool, is that of :func:`attend`. ``hw`` is not used: it is
+        there because other kinds of attention need it.
         """
         return self.drop(self.proj(self.attend(self.q(x), self.kv(x), mask)))
 

@@ -1,6 +1,7 @@
 """LinGlo backbone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
@@ -82,6 +83,16 @@ class KeyOnlyAttention(nn.Module):
         return f'num_heads={self.num_heads}, window={self.window}'
 
 
+def arch_of(embed_dims: list[int], depths: list[int]) -> dict:
+    """Sizes that meet the published ones, with the heads and ratios of PVTv2."""
+    return dict(
+        embed_dims=embed_dims,
+        num_heads=[1, 2, 5, 8],
+        mlp_ratios=[8, 8, 4, 4],
+        depths=depths,
+    )
+
+
 @MODELS.register_module()
 class LinGlo(PyramidBackbone):
     """LinGlo: a pyramid of key-only attention and depth-wise convolution.
@@ -132,27 +143,12 @@ class LinGlo(PyramidBackbone):
     """
 
     arch_zoo = {
-        'b0': dict(
-            embed_dims=[32, 64, 160, 256],
-            num_heads=[1, 2, 5, 8],
-            mlp_ratios=[8, 8, 4, 4],
-            depths=[3, 3, 3, 2],
-        ),
-        'b1': dict(
-            embed_dims=[64, 128, 320, 512],
-            num_heads=[1, 2, 5, 8],
-            mlp_ratios=[8, 8, 4, 4],
-            depths=[3, 3, 3, 2],
-        ),
-        'b2': dict(
-            embed_dims=[64, 128, 320, 512],
-            num_heads=[1, 2, 5, 8],
-            mlp_ratios=[8, 8, 4, 4],
-            depths=[3, 3, 9, 4],
-        ),
+        'b0': arch_of([32, 64, 160, 256], [3, 3, 3, 2]),
+        'b1': arch_of([64, 128, 320, 512], [3, 3, 3, 2]),
+        'b2': arch_of([64, 128, 320, 512], [3, 3, 9, 4]),
     }
 
-    arch_keys = ('embed_dims', 'num_heads', 'mlp_ratios', 'depths')
+    arch_keys = tuple(arch_zoo['b2'])
 
     def __init__(
         self,
@@ -167,15 +163,16 @@ class LinGlo(PyramidBackbone):
         with_cp: bool = False,
         norm_cfg: dict | None = None,
         init_cfg: dict | list[dict] | None = None,
+        **unknown: Any,
     ) -> None:
         if not isinstance(window, int) or window < 1 or window % 2 == 0:
             raise ValueError(
-                f'window must be an odd number of tokens from 1 up, got {window}'
+                f'window must be an odd number of tokens from 1 up, got {window!r}'
             )
         super().__init__(
             arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
             frozen_stages, with_cp, norm_cfg, init_cfg,
-            window=window,
+            window=window, **unknown,
         )  # fmt: skip
 
     def make_stage(

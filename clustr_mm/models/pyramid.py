@@ -1,5 +1,6 @@
 """What pyramid backbones have in common: arguments, stages, freezing."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import translate_names
+from .checkpoint import MisfitError, check_readable, translate_names
 from .layers import DropPath, PatchEmbed, build_norm, init_weights, to_map
 
 
@@ -130,7 +131,9 @@ class PyramidBackbone(BaseModule):
         **options (Any): What :meth:`make_stage` of the subclass takes.
 
     Raises:
-        ValueError: If an argument, or the shape of an input, is not as stated.
+        TypeError: If there is no such argument.
+        ValueError: If an argument or an input is not as stated, or a file named in
+            ``init_cfg`` cannot be read.
     """
 
     #: Name -> arch dict.
@@ -145,8 +148,11 @@ class PyramidBackbone(BaseModule):
     #: Parameter names of public code, see :func:`.checkpoint.rename`.
     public_names: tuple[tuple[str, str], ...] = ()
 
-    #: A checkpoint may lack all parameters whose names begin like this.
+    #: Beginnings of the names of parameters that a checkpoint may lack, all of them.
     optional_names: tuple[str, ...] = ()
+
+    #: Arguments of former versions -> what to write instead.
+    moved_arguments: dict[str, str] = {}
 
     #: Whether weights that are being loaded must be complete.
     requires_all = False
@@ -166,6 +172,7 @@ class PyramidBackbone(BaseModule):
         **options: Any,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
+        self.check_options(options)
         self.arch_settings = self.check_arch(arch)
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f'in_channels must be at least 1, got {in_channels!r}')
@@ -179,17 +186,15 @@ class PyramidBackbone(BaseModule):
                 raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
         depths = self.arch_settings['depths']
         stages = list(range(len(depths)))
-        known = isinstance(out_indices, Sequence)
-        self.out_indices = tuple(out_indices) if known else ()
-        if not self.out_indices or self.out_indices != tuple(
-            index for index in stages if index in self.out_indices
-        ):
+        wanted = out_indices if isinstance(out_indices, (list, tuple)) else []
+        self.out_indices = tuple(index for index in stages if index in wanted)
+        if not wanted or tuple(wanted) != self.out_indices:
             raise ValueError(
-                f'out_indices must be rising stages out of {stages}, got {out_indices}'
+                f'out_indices must be rising stages of {stages}, got {out_indices!r}'
             )
         if frozen_stages not in [-1, *stages]:
             raise ValueError(
-                f'frozen_stages must be one of {[-1, *stages]}, got {frozen_stages}'
+                f'frozen_stages must be one of {[-1, *stages]}, got {frozen_stages!r}'
             )
         self.in_channels = in_channels
         self.drop_rate = drop_rate
@@ -197,19 +202,20 @@ class PyramidBackbone(BaseModule):
         self.drop_path_rate = drop_path_rate
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
-        self.norm_cfg = dict(norm_cfg or dict(type='LN', eps=1e-6))
+        self.norm_cfg = norm_cfg or dict(type='LN', eps=1e-6)
+        if not isinstance(self.norm_cfg, dict):
+            raise ValueError(
+                f"norm_cfg must be a dict like dict(type='LN'), got {norm_cfg!r}"
+            )
         #: For norms that keep PyTorch's eps.
         self.inner_norm_cfg = {k: v for k, v in self.norm_cfg.items() if k != 'eps'}
 
         last_block = max(1, sum(depths) - 1)
+        rates = [drop_path_rate * block / last_block for block in range(sum(depths))]
         self.stages = nn.ModuleList()
-        for index in range(self.out_indices[-1] + 1):
-            first = sum(depths[:index])
-            rates = [
-                drop_path_rate * block / last_block
-                for block in range(first, first + depths[index])
-            ]
-            self.stages.append(self.make_stage(index, rates, **options))
+        for index in stages[: self.out_indices[-1] + 1]:
+            own, rates = rates[: depths[index]], rates[depths[index] :]
+            self.stages.append(self.make_stage(index, own, **options))
         self.apply(init_weights)
         self._freeze_stages()
         # The public method of this name came with torch 2.5.
@@ -231,12 +237,19 @@ class PyramidBackbone(BaseModule):
 
     def init_weights(self) -> None:
         """Initialise by ``init_cfg``; weights of a file must be complete."""
-        with self.complete_weights():
-            super().init_weights()
+        try:
+            with self.complete_weights():
+                super().init_weights()
+        except MisfitError:
+            raise
+        except Exception:
+            # torch does not name a broken file, and advises to read it unsafely.
+            check_readable(self.init_cfg)
+            raise
 
     @contextmanager
     def complete_weights(self) -> Iterator[None]:
-        """Weights that are loaded meanwhile must be complete, or it is an error."""
+        """Within this context it is an error to load incomplete weights."""
         self.requires_all = True
         try:
             yield
@@ -281,19 +294,30 @@ class PyramidBackbone(BaseModule):
         """Norm of the tokens of stage ``index``."""
         return build_norm(self.norm_cfg, self.arch_settings['embed_dims'][index])
 
+    def check_options(self, options: dict) -> None:
+        """Refuse arguments that :meth:`make_stage` does not take."""
+        unknown = options.keys() - inspect.getfullargspec(self.make_stage).args
+        if not unknown:
+            return
+        message = f'{type(self).__name__}: unexpected keyword argument '
+        message += ', '.join(map(repr, sorted(unknown)))
+        for name in sorted(unknown & self.moved_arguments.keys()):
+            message += f'; {name!r} is {self.moved_arguments[name]} now'
+        known = inspect.getfullargspec(type(self).__init__).args[1:]
+        raise TypeError(
+            f'{message}; its arguments are {", ".join(known)}. Keys of another '
+            'backbone that a config inherits are dropped by _delete_=True beside type'
+        )
+
     @classmethod
     def check_arch(cls, arch: str | dict) -> dict:
-        """The ``arch`` dict; refuse what is none."""
-        if isinstance(arch, str):
-            if arch not in cls.arch_zoo:
-                raise ValueError(
-                    f'arch must be one of {list(cls.arch_zoo)} or a dict, got {arch!r}'
-                )
+        """Return the ``arch`` dict, after a check."""
+        if isinstance(arch, str) and arch in cls.arch_zoo:
             return cls.arch_zoo[arch]
         if not isinstance(arch, dict) or set(arch) != set(cls.arch_keys):
-            keys = sorted(arch) if isinstance(arch, dict) else arch
             raise ValueError(
-                f'arch must be a dict with the keys {list(cls.arch_keys)}, got {keys}'
+                f'arch must be one of {list(cls.arch_zoo)} or a dict with the keys '
+                f'{list(cls.arch_keys)}, got {arch!r}'
             )
         for key in cls.arch_numbers:
             if not isinstance(arch[key], int) or arch[key] < 1:
@@ -302,18 +326,19 @@ class PyramidBackbone(BaseModule):
                 )
         sequences = [key for key in cls.arch_keys if key not in cls.arch_numbers]
         for key in sequences:
-            if not isinstance(arch[key], (list, tuple)):
-                raise ValueError(f'arch {key} must be a sequence, got {arch[key]!r}')
+            kind = (int, float) if key == 'mlp_ratios' else int
+            given = arch[key]
+            values = given if isinstance(given, (list, tuple)) else [None]
+            if not all(isinstance(value, kind) and value > 0 for value in values):
+                what = 'whole numbers' if kind is int else 'numbers'
+                raise ValueError(
+                    f'arch {key} must be a list of positive {what}, got {given!r}'
+                )
         lengths = {key: len(arch[key]) for key in sequences}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(
                 f'arch entries must be equally long and not empty, got {lengths}'
             )
-        for key in sequences:
-            kind = (int, float) if key == 'mlp_ratios' else int
-            if not all(isinstance(v, kind) and v > 0 for v in arch[key]):
-                what = 'positive' if kind is not int else 'positive whole numbers'
-                raise ValueError(f'arch {key} must be {what}, got {arch[key]}')
         for dims, heads in zip(arch['embed_dims'], arch.get('num_heads', ())):
             if dims % heads:
                 raise ValueError(
@@ -336,13 +361,19 @@ class PyramidBackbone(BaseModule):
         """Compute the feature maps.
 
         Args:
-            x (Tensor): (B, in_channels, H, W), B, H, W at least 1.
+            x (Tensor): (B, in_channels, H, W), B, H, W at least 1, of floating point:
+                images that a data preprocessor has normalised.
 
         Returns:
             tuple[Tensor]: For each of ``out_indices`` a contiguous map
             (B, embed_dims[i], h, w) with ``h = ceil(H / stride)``, strides
             4, 8, 16, 32.
         """
+        if not x.is_floating_point():
+            raise ValueError(
+                'input must be float images, as the data preprocessor normalises them, '
+                f'got {x.dtype}'
+            )
         if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
             raise ValueError(
                 f'input must have shape (B, {self.in_channels}, H, W) with no '

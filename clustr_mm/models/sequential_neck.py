@@ -17,5 +17,5 @@ class SequentialNeck(Sequential):
 
     def __init__(self, necks: Sequence[dict], init_cfg: dict | None = None) -> None:
         if not necks:
-            raise ValueError(f'necks must hold at least one config, got {necks}')
+            raise ValueError(f'necks must hold at least one config, got {necks!r}')
         super().__init__(*map(MODELS.build, necks), init_cfg=init_cfg)

@@ -1,6 +1,7 @@
 """STT backbone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
@@ -33,10 +34,10 @@ def from_windows(windows: Tensor, hw: tuple[int, int], side: int) -> Tensor:
 
 
 def window_mask(x: Tensor, side: int) -> Tensor | None:
-    """Which tokens of the windows of a map (B, h, w, C) are not padding.
+    """Tell which tokens in the windows of a map (B, h, w, C) are not padding.
 
-    Of each window its super token, always True, and its patches, (S, 1 + side * side)
-    bool; None if there is no padding.
+    Returns (S, 1 + side * side) bool: for each window its super token, always True,
+    and its patches. None if there is no padding.
     """
     if x.shape[1] % side == 0 and x.shape[2] % side == 0:
         return None
@@ -79,13 +80,13 @@ class GroupBlock(Block):
 
 
 class SuperTokenStage(nn.Module):
-    """Some blocks of the trunk, ``local_depth`` local ones and global ones.
+    """A quarter of the trunk: ``local_depth`` local blocks, the others global.
 
     In a local block the super token and the patches of each window attend to
-    each other, in a global one all super tokens do, without the patches. The
-    local blocks open the stage, but for the last of them: it closes the stage,
-    and tells the patches what the super tokens have learned of the others. Only
-    the first stage has a ``patch_embed``; its super tokens are a learned vector.
+    each other. In a global one all super tokens attend to each other, without the
+    patches. The stage begins with its local blocks, but one is kept for its end: it
+    tells the patches what their super token has learned of the other windows. Only
+    the first stage has a ``patch_embed``; its super tokens start as a learned vector.
     """
 
     def __init__(
@@ -304,10 +305,11 @@ class STT(PyramidBackbone):
         with_cp: bool = False,
         norm_cfg: dict | None = None,
         init_cfg: dict | list[dict] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__(
             arch, in_channels, drop_rate, attn_drop_rate, drop_path_rate, out_indices,
-            frozen_stages, with_cp, norm_cfg, init_cfg,
+            frozen_stages, with_cp, norm_cfg, init_cfg, **unknown,
         )  # fmt: skip
         self.with_cls = with_cls
         embed_dims = self.arch_settings['embed_dims'][0]
@@ -328,7 +330,7 @@ class STT(PyramidBackbone):
 
     @classmethod
     def check_arch(cls, arch: str | dict) -> dict:
-        """The ``arch`` dict; refuse what is none."""
+        """Return the ``arch`` dict, after a check."""
         settings = super().check_arch(arch)
         embed_dims, depths = settings['embed_dims'], settings['depths']
         local_depths = settings['local_depths']
