@@ -3,13 +3,12 @@
 A checkpoint is read without running anything in it; a config is a program and runs.
 """
 
-import importlib.util
 import os
 import re
 import uuid
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import torch
 from mmengine.config import Config
 
 from .compat.safe_load import HAS_ALLOW_LIST
-from .models.checkpoint import unwrap
 
-#: How torch tells to switch its safe loader off, and what stands around the reason.
+#: What torch says about switching its safe loader off, around the reason of an error.
 ADVICE = re.compile(
     r'.*WeightsUnpickler error:|Weights only load failed\.'
     r'|In PyTorch 2\.6, we .*?trusted source\.|Please use `torch\.serialization\..*'
@@ -37,12 +35,6 @@ def shorten(error: object, limit: int = 300) -> str:
 def read_config(path: Path) -> Config:
     """Read a config file.
 
-    Args:
-        path (Path): The file.
-
-    Returns:
-        Config: Its content.
-
     Raises:
         ValueError: If that is not possible, in one line.
     """
@@ -55,15 +47,6 @@ def read_config(path: Path) -> Config:
         raise ValueError(f'cannot read the config {path}: {shorten(error)}') from error
 
 
-def check_safetensors() -> None:
-    """Raise ValueError if the package for this format is missing."""
-    if importlib.util.find_spec('safetensors') is None:
-        raise ValueError(
-            'files of the format safetensors need the package of this name: '
-            'pip install safetensors'
-        )
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running anything in it.
 
@@ -71,8 +54,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         path (Path): A file of ``torch.save``, or one ending in '.safetensors'.
 
     Returns:
-        dict: Its content; weights in a container such as ``state_dict`` stand beside
-        what was next to that.
+        dict: Its content, weights unwrapped by :func:`unwrap`.
 
     Raises:
         ValueError: If it cannot be read safely or is not a dict with names.
@@ -83,23 +65,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(what)
     if not path.stat().st_size:
         raise ValueError('is empty')
-    if path.suffix == '.safetensors':
-        check_safetensors()
-        from safetensors.torch import load_file as load
-    else:
-        load = _load_torch
     try:
-        content = load(str(path))
+        content = _load(path)
         if isinstance(content, Mapping):
             content = dict(content)
             unwrap(content)
     except (OSError, MemoryError):
         raise
+    except ImportError as error:
+        raise ValueError(f'{error}: pip install safetensors') from error
     # What a broken or hostile file raises depends on how it is made.
     except Exception as error:
         reason = ADVICE.sub('', str(error)).strip()
         if isinstance(error, KeyError) or not reason:
-            reason = f'{type(error).__name__} {reason}'
+            reason = 'torch.save did not write it, or not all of it'
         message = f'cannot be read as a checkpoint: {shorten(reason, 200)}'
         if not HAS_ALLOW_LIST:
             message += ' (torch 2.6 or later reads safely what a training saves)'
@@ -109,26 +88,34 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_torch(path: str) -> Any:
+def unwrap(content: MutableMapping[str, Any]) -> None:
+    """Lift weights out of the entry ``state_dict`` or ``model``, in place."""
+    for name in ('state_dict', 'model'):
+        if isinstance(content.get(name), Mapping):
+            content.update(content.pop(name))
+            unwrap(content)
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == '.safetensors':
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # Optimizer states, twice as large as the weights, are never read.
+    mmap = zipfile.is_zipfile(path)
+    if mmap and not HAS_ALLOW_LIST:
+        # An older torch runs an archive of TorchScript in spite of weights_only.
+        with zipfile.ZipFile(path) as archive:
+            if any(Path(n).name == 'constants.pkl' for n in archive.namelist()):
+                raise ValueError('is an archive of TorchScript')
     with warnings.catch_warnings():
         # What is odd about a file is an error or of no interest.
         warnings.simplefilter('ignore')
-        # Optimizer states, twice as large as the weights, are never read.
-        mmap = zipfile.is_zipfile(path)
-        if mmap and not HAS_ALLOW_LIST:
-            # An older torch runs an archive of TorchScript in spite of weights_only.
-            with zipfile.ZipFile(path) as archive:
-                if any(Path(n).name == 'constants.pkl' for n in archive.namelist()):
-                    raise ValueError('is an archive of TorchScript')
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        return torch.load(str(path), map_location='cpu', weights_only=True, mmap=mmap)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file such that an interruption leaves the old or the new one.
-
-    Args:
-        path (Path): The file, replaced if it is there.
-        content (bytes or memoryview): What it gets.
 
     Raises:
         OSError: If it cannot be written. Then it is as it was.

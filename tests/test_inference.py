@@ -11,14 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from convert_checkpoint import convert_checkpoint
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.utils import digit_version
 from skimage import data
 from torch_versions import restricted
-
-from clustr_mm.conversion import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
