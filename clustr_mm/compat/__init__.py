@@ -1,18 +1,24 @@
 """What lets the stock OpenMMLab toolboxes run on today's PyTorch.
 
-:func:`activate` installs two independent pieces:
-
-- a stand-in for ``mmcv._ext``, the compiled half of ``mmcv.ops``, which mmcv-lite
-  does not ship (see :mod:`clustr_mm.compat.finder`);
-- the allow-list with which ``torch.load(weights_only=True)`` reads the checkpoints
-  of MMEngine's runner (see :mod:`clustr_mm.compat.safe_load`).
+:func:`activate` is the one function that changes anything outside of this package.
 """
+
+import os
+import sys
 
 import mmengine
 import torch
+from mmengine.config import utils
 from mmengine.utils import digit_version
 
-from .finder import install_finder, mmcv_ops_are_stand_in
+from .finder import (
+    VARIABLE,
+    StandInFinder,
+    add_configs,
+    install_finder,
+    mmcv_lacks_operators,
+    mmcv_ops_are_stand_in,
+)
 from .safe_load import allow_runner_checkpoints
 
 __all__ = ['activate', 'mmcv_ops_are_stand_in']
@@ -25,12 +31,28 @@ for _package, _oldest in [(torch, '2.1.0'), (mmengine, '0.10.0')]:
             f'found {_package.__version__}'
         )
 
+add_configs(utils)
+
 
 def activate() -> None:
-    """Install the stand-in finder and the checkpoint allow-list.
+    """Add what is missing for today's stack, unless ``CLUSTR_MM_COMPAT=0``.
+
+    - Where mmcv is installed without its compiled operators, a finder for a stand-in
+      (see :mod:`clustr_mm.compat.mmcv_ext`).
+    - Where torch restricts what a checkpoint may name, from 2.6 on, an allow-list for
+      those of MMEngine's runner (see :mod:`clustr_mm.compat.safe_load`).
 
     Prints nothing, may be called any number of times, and imports neither mmcv nor
     torchvision.
+
+    Raises:
+        ValueError: If the environment variable is neither '0' nor '1'.
     """
-    install_finder()
+    switch = os.environ.get(VARIABLE, '1')
+    if switch not in ('0', '1'):
+        raise ValueError(f"{VARIABLE} must be '0' or '1', got {switch!r}")
+    if switch == '0':
+        return
+    if mmcv_lacks_operators():
+        install_finder(StandInFinder(), len(sys.meta_path))
     allow_runner_checkpoints()

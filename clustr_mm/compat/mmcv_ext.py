@@ -1,9 +1,10 @@
 """Stand-in for ``mmcv._ext``, the compiled operators behind ``mmcv.ops``.
 
 Imported under the name ``mmcv._ext`` when mmcv was installed without its compiled
-extension. Every function follows the calling convention of the mmcv 2.1.0 operator of
-the same name: most of them fill tensors that the caller allocated. What torchvision
-offers is taken from there; the rest is plain PyTorch.
+extension. Every function is called as mmcv 2.1.0 calls the operator of the same name:
+most of them fill tensors that the caller allocated, and what mmcv passes by name
+arrives in a dict. What torchvision offers is taken from there; the rest is plain
+PyTorch.
 
 Half precision inputs are computed in float32 and rounded once, at the end.
 
@@ -19,11 +20,6 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-_HOW_TO_COMPILE = (
-    'Install the compiled mmcv for it: `make install MMCV_OPS=1`, or '
-    '`pip install mmcv==2.1.0` where there is a wheel or a compiler.'
-)
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
@@ -41,19 +37,13 @@ def _not_offered(what: str) -> NotImplementedError:
     return NotImplementedError(
         f"mmcv operator '{what}' is not available: mmcv is installed without its "
         "compiled operators, and clustr_mm's stand-in for them does not include it. "
-        f'{_HOW_TO_COMPILE}'
+        'Install the compiled mmcv for it: `make install MMCV_OPS=1`, or '
+        '`pip install mmcv==2.1.0` where there is a wheel or a compiler.'
     )
 
 
 def _torchvision_ops() -> ModuleType:
-    """Import ``torchvision.ops`` on first use.
-
-    Returns:
-        ModuleType: The module ``torchvision.ops``.
-
-    Raises:
-        ImportError: If torchvision is not installed.
-    """
+    """Import ``torchvision.ops`` on first use; ImportError says what is missing."""
     try:
         import torchvision.ops
     except ImportError as error:
@@ -81,8 +71,7 @@ def _gradients(
         grad_output (Tensor): Gradient with respect to its output.
 
     Returns:
-        tuple[Tensor, ...]: Gradients of the shapes of ``tensors``, in float32 where
-        these are of half precision.
+        tuple[Tensor, ...]: Gradients, float32 for tensors of half precision.
     """
     # mmcv calls the operators from a backward pass, which records no graph.
     with torch.enable_grad():
@@ -92,13 +81,11 @@ def _gradients(
 
 
 def get_compiler_version() -> str:
-    """Answer for the compiler version as mmcv does when it has no operators."""
+    """Answer as mmcv does when it has no operators."""
     return 'n/a'
 
 
-def get_compiling_cuda_version() -> str:
-    """Answer for the CUDA version as mmcv does when it has no operators."""
-    return 'n/a'
+get_compiling_cuda_version = get_compiler_version
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
@@ -125,6 +112,45 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     return _torchvision_ops().nms(boxes, scores.to(dtype), threshold)
 
 
+def _overlaps(
+    boxes: Tensor, others: Tensor, offset: int, of_first: bool = False
+) -> Tensor:
+    """Compute the IoU of boxes whose leading dimensions broadcast.
+
+    Args:
+        boxes (Tensor): Shape (..., 4), as (x1, y1, x2, y2).
+        others (Tensor): Likewise.
+        offset (int): As for :func:`nms`.
+        of_first (bool): Whether to divide by the area of ``boxes``, not of the union.
+
+    Returns:
+        Tensor: Shape (...), in the dtype of the boxes. NaN where the area is zero.
+    """
+    low = torch.maximum(boxes[..., :2], others[..., :2])
+    high = torch.minimum(boxes[..., 2:], others[..., 2:])
+    overlap = (high - low + offset).clamp(min=0).prod(dim=-1)
+    area, other = ((b[..., 2:] - b[..., :2] + offset).prod(-1) for b in (boxes, others))
+    return overlap / (area if of_first else area + other - overlap)
+
+
+def bbox_overlaps(
+    boxes: Tensor, others: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int
+) -> None:
+    """Compute how far boxes overlap.
+
+    Args:
+        boxes (Tensor): Shape (M, 4), as (x1, y1, x2, y2).
+        others (Tensor): Shape (N, 4).
+        ious (Tensor): Output, shape (M, N), or (M,) if ``aligned``.
+        mode (int): What the intersection is divided by: 0 for the union, 1 for the
+            area of the first box.
+        aligned (bool): Whether to compare in pairs and not each with each.
+        offset (int): As for :func:`nms`.
+    """
+    first = _widen(boxes if aligned else boxes[:, None])
+    ious.copy_(_overlaps(first, _widen(others), offset, of_first=mode == 1))
+
+
 def softnms(
     boxes: Tensor,
     scores: Tensor,
@@ -138,8 +164,7 @@ def softnms(
     """Lower the scores of boxes that overlap a box with a higher score.
 
     Args:
-        boxes (Tensor): Shape (N, 4), as (x1, y1, x2, y2).
-        scores (Tensor): Shape (N,).
+        boxes (Tensor): As for :func:`nms`, and so are ``scores`` and ``offset``.
         dets (Tensor): Output, shape (N, 5). As many leading rows as boxes are kept
             are filled with box and new score.
         iou_threshold (float): Methods 0 and 1 lower the score from this IoU on.
@@ -147,26 +172,19 @@ def softnms(
         min_score (float): Boxes whose new score is below are dropped.
         method (int): 0 sets the score to zero, 1 multiplies it by ``1 - iou``, 2
             multiplies it by ``exp(-iou**2 / sigma)``.
-        offset (int): Width and height of a box are ``x2 - x1 + offset`` and
-            ``y2 - y1 + offset``; 0 or 1.
 
     Returns:
         Tensor: Indices of the boxes kept, in descending order of new score, int64.
     """
     corners, scores = _widen(boxes), _widen(scores).clone()
-    areas = (corners[:, 2:] - corners[:, :2] + offset).prod(dim=1)
     left = torch.arange(len(boxes), device=boxes.device)
     kept = []
     while len(left):
         best = left[scores[left].argmax()]
         kept.append(best)
         left = left[left != best]
-
-        low = torch.maximum(corners[left, :2], corners[best, :2])
-        high = torch.minimum(corners[left, 2:], corners[best, 2:])
-        overlap = (high - low + offset).clamp(min=0).prod(dim=1)
         # Two boxes without area give 0 / 0, which is no overlap.
-        iou = (overlap / (areas[left] + areas[best] - overlap)).nan_to_num(nan=0.0)
+        iou = _overlaps(corners[left], corners[best], offset).nan_to_num(nan=0.0)
         if method == 2:
             scores[left] *= torch.exp(-(iou**2) / sigma)
         else:
@@ -180,37 +198,21 @@ def softnms(
     return indices
 
 
-def _roi_align(
-    input: Tensor,
-    rois: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
+def _roi_align(input: Tensor, rois: Tensor, options: dict[str, Any]) -> Tensor:
+    if options['pool_mode'] != 1:
+        raise _not_offered("roi_align with pool_mode='max'")
     return _torchvision_ops().roi_align(
         input,
         rois.to(input.dtype),
-        (aligned_height, aligned_width),
-        spatial_scale,
-        sampling_ratio,
-        aligned,
+        (options['aligned_height'], options['aligned_width']),
+        options['spatial_scale'],
+        options['sampling_ratio'],
+        options['aligned'],
     )
 
 
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    input: Tensor, rois: Tensor, output: Tensor, *argmax: Tensor, **options: Any
 ) -> None:
     """Average bilinear samples in the bins of each region.
 
@@ -218,31 +220,17 @@ def roi_align_forward(
         input (Tensor): Shape (N, C, H, W).
         rois (Tensor): Shape (K, 5), as (index into N, x1, y1, x2, y2).
         output (Tensor): Output, shape (K, C, aligned_height, aligned_width).
-        argmax_y (Tensor): Not touched; serves the maximum mode.
-        argmax_x (Tensor): Not touched; serves the maximum mode.
-        aligned_height (int): Number of bins from top to bottom.
-        aligned_width (int): Number of bins from left to right.
-        spatial_scale (float): Factor from box to input coordinates.
-        sampling_ratio (int): Samples per bin in each direction; 0 for as many as the
-            bin has pixels.
-        pool_mode (int): 1 for the average. 0, the maximum, is not offered.
-        aligned (bool): Whether to shift the regions by half a pixel.
+        *argmax (Tensor): Not touched; for the maximum.
+        **options: ``aligned_height`` and ``aligned_width``, the numbers of bins;
+            ``spatial_scale`` from box to input coordinates; ``sampling_ratio``,
+            samples per bin in each direction, 0 for as many as it has pixels;
+            ``aligned``, whether to shift the regions by half a pixel; ``pool_mode``,
+            1 for the average.
 
     Raises:
-        NotImplementedError: If ``pool_mode`` is 0.
+        NotImplementedError: If ``pool_mode`` is 0, the maximum.
     """
-    if pool_mode != 1:
-        raise _not_offered("roi_align_forward with pool_mode='max'")
-    pooled = _roi_align(
-        _widen(input),
-        rois,
-        aligned_height,
-        aligned_width,
-        spatial_scale,
-        sampling_ratio,
-        aligned,
-    )
-    output.copy_(pooled)
+    output.copy_(_roi_align(_widen(input), rois, options))
 
 
 def roi_align_backward(
@@ -251,167 +239,37 @@ def roi_align_backward(
     argmax_y: Tensor,
     argmax_x: Tensor,
     grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: Any,
 ) -> None:
     """Add the gradient of :func:`roi_align_forward` to ``grad_input``.
 
     Args:
         grad_output (Tensor): Shape (K, C, aligned_height, aligned_width).
         rois (Tensor): As in the forward pass, and so are the arguments not listed.
-        argmax_y (Tensor): Not read.
-        argmax_x (Tensor): Not read.
         grad_input (Tensor): Output, shape (N, C, H, W).
-
-    Raises:
-        NotImplementedError: If ``pool_mode`` is 0.
     """
-    if pool_mode != 1:
-        raise _not_offered("roi_align_backward with pool_mode='max'")
-
-    def pool(input: Tensor) -> Tensor:
-        return _roi_align(
-            input,
-            rois,
-            aligned_height,
-            aligned_width,
-            spatial_scale,
-            sampling_ratio,
-            aligned,
-        )
-
     # The average is linear in the input: its gradient is the same everywhere.
-    (gradient,) = _gradients(pool, [torch.zeros_like(grad_input)], grad_output)
+    (gradient,) = _gradients(
+        lambda input: _roi_align(input, rois, options),
+        [torch.zeros_like(grad_input)],
+        grad_output,
+    )
     grad_input.add_(gradient)
 
 
-def _bin_edges(
-    start: Tensor, end: Tensor, bins: int, size: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Divide intervals into overlapping ranges of whole pixels.
-
-    Args:
-        start (Tensor): Where the intervals begin, shape (K,).
-        end (Tensor): Where they end, shape (K,).
-        bins (int): Number of ranges per interval.
-        size (int): Number of pixels there are.
-
-    Returns:
-        tuple[list[list[int]], list[list[int]]]: For each interval the first pixel of
-        every range, and the pixel after its last one.
-    """
-    steps = torch.arange(bins + 1, dtype=start.dtype, device=start.device)
-    edges = steps * ((end - start) / bins)[:, None] + start[:, None]
-    first = edges[:, :-1].floor().clamp(0, size).int()
-    last = edges[:, 1:].ceil().clamp(0, size).int()
-    return first.tolist(), last.tolist()
-
-
-def roi_pool_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """Take the maximum in the bins of each region.
-
-    torchvision's operator of this name rounds the regions to whole pixels before it
-    divides them, mmcv's does not, so the two are no substitute for one another.
-
-    Args:
-        input (Tensor): Shape (N, C, H, W).
-        rois (Tensor): Shape (K, 5), as (index into N, x1, y1, x2, y2), where x2 and
-            y2 are inside the region.
-        output (Tensor): Output, shape (K, C, pooled_height, pooled_width). Bins
-            without pixels become zero.
-        argmax (Tensor): Output of the same shape, int32: where in H * W the maximum
-            is, -1 for bins without pixels.
-        pooled_height (int): Number of bins from top to bottom.
-        pooled_width (int): Number of bins from left to right.
-        spatial_scale (float): Factor from box to input coordinates.
-    """
-    height, width = input.shape[2:]
-    output.zero_()
-    argmax.fill_(-1)
-
-    images = rois[:, 0].long().tolist()
-    start = _widen(rois)[:, 1:3] * spatial_scale
-    end = (_widen(rois)[:, 3:5] + 1) * spatial_scale
-    valid = (end > start).all(dim=1).tolist()
-    left, right = _bin_edges(start[:, 0], end[:, 0], pooled_width, width)
-    top, bottom = _bin_edges(start[:, 1], end[:, 1], pooled_height, height)
-
-    for k, image in enumerate(images):
-        if not valid[k]:
-            continue
-        for row, (y1, y2) in enumerate(zip(top[k], bottom[k], strict=True)):
-            for col, (x1, x2) in enumerate(zip(left[k], right[k], strict=True)):
-                if y1 == y2 or x1 == x2:
-                    continue
-                region = input[image, :, y1:y2, x1:x2].flatten(1)
-                maximum, index = region.max(dim=1)
-                y = y1 + index // (x2 - x1)
-                x = x1 + index % (x2 - x1)
-                output[k, :, row, col] = maximum
-                argmax[k, :, row, col] = (y * width + x).to(argmax.dtype)
-
-
-def roi_pool_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    grad_input: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """Add the gradient of :func:`roi_pool_forward` to ``grad_input``.
-
-    Args:
-        grad_output (Tensor): Shape (K, C, pooled_height, pooled_width).
-        rois (Tensor): As in the forward pass.
-        argmax (Tensor): As filled by the forward pass.
-        grad_input (Tensor): Output, shape (N, C, H, W).
-        pooled_height (int): Not read.
-        pooled_width (int): Not read.
-        spatial_scale (float): Not read.
-    """
-    _, channels, height, width = grad_input.shape
-    image = rois[:, 0].long()[:, None]
-    plane = image * channels + torch.arange(channels, device=rois.device)
-    index = plane[:, :, None, None] * (height * width) + argmax
-    pooled = argmax >= 0
-    gradient = torch.zeros_like(_widen(grad_input)).flatten()
-    gradient.index_add_(0, index[pooled], grad_output[pooled].to(gradient.dtype))
-    grad_input.add_(gradient.view_as(grad_input))
-
-
-def _class_weights(target: Tensor, weight: Tensor) -> Tensor:
-    """Look up the weight of each sample's class.
-
-    Args:
-        target (Tensor): Class of each sample, shape (N,), int64. Values outside of
-            [0, C) are background, which weighs 1.
-        weight (Tensor): Weight of each class, shape (C,).
-
-    Returns:
-        Tensor: Shape (N, 1).
-    """
-    known = (target >= 0) & (target < len(weight))
-    weights = weight[target.where(known, 0)]
-    return weights.where(known, 1)[:, None]
-
-
-def _is_class(input: Tensor, target: Tensor) -> Tensor:
-    classes = torch.arange(input.shape[1], device=input.device)
-    return target[:, None] == classes
+def _focal_loss(
+    logits: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float
+) -> Tensor:
+    log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
+    # A power of zero would have no usable derivative, its logarithm has.
+    positive = -alpha * torch.exp(gamma * log_q) * log_p
+    negative = -(1 - alpha) * torch.exp(gamma * log_p) * log_q
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    loss = torch.where(target[:, None] == classes, positive, negative)
+    if weight.numel():
+        known = (target >= 0) & (target < len(weight))
+        loss = loss * weight[target.where(known, 0)].where(known, 1)[:, None]
+    return loss
 
 
 def sigmoid_focal_loss_forward(
@@ -427,20 +285,13 @@ def sigmoid_focal_loss_forward(
     Args:
         input (Tensor): Logits, shape (N, C).
         target (Tensor): Class of each sample, shape (N,), int64. C means background:
-            none of the classes.
+            none of the classes. It weighs 1.
         weight (Tensor): Weight of the samples of each class, shape (C,); or empty.
         output (Tensor): Output, shape (N, C).
         gamma (float): Exponent of the modulating factor.
         alpha (float): Weight of the positive class; the others weigh ``1 - alpha``.
     """
-    logits = _widen(input)
-    p, q = logits.sigmoid(), (-logits).sigmoid()
-    positive = -alpha * q**gamma * F.logsigmoid(logits)
-    negative = -(1 - alpha) * p**gamma * F.logsigmoid(-logits)
-    loss = torch.where(_is_class(input, target), positive, negative)
-    if weight.numel():
-        loss = loss * _class_weights(target, weight)
-    output.copy_(loss)
+    output.copy_(_focal_loss(_widen(input), target, weight, gamma, alpha))
 
 
 def sigmoid_focal_loss_backward(
@@ -457,24 +308,40 @@ def sigmoid_focal_loss_backward(
         input (Tensor): As in the forward pass, and so are the arguments not listed.
         grad_input (Tensor): Output, shape (N, C).
     """
-    logits = _widen(input)
-    p, q = logits.sigmoid(), (-logits).sigmoid()
-    positive = -alpha * q**gamma * (q - gamma * p * F.logsigmoid(logits))
-    negative = (1 - alpha) * p**gamma * (p - gamma * q * F.logsigmoid(-logits))
-    gradient = torch.where(_is_class(input, target), positive, negative)
-    if weight.numel():
-        gradient = gradient * _class_weights(target, weight)
+    (gradient,) = _gradients(
+        lambda logits: _focal_loss(logits, target, weight, gamma, alpha),
+        [input],
+        torch.ones_like(input),
+    )
     grad_input.copy_(gradient)
 
 
-def _check_groups(
-    input: Tensor, weight: Tensor, offset: Tensor, group: int, deformable_group: int
-) -> None:
-    """Check the group counts, which torchvision infers from the shapes.
+def _deform_conv(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    geometry: dict[str, Any],
+) -> Tensor:
+    """Call torchvision's operator.
+
+    Args:
+        input (Tensor): Shape (N, C_in, H, W).
+        offset (Tensor): Shape (N, deformable_group * kH * kW * 2, H_out, W_out), y
+            before x for each position in the kernel.
+        weight (Tensor): Shape (C_out, C_in / group, kH, kW).
+        mask (Tensor, optional): Factors, shape (N, deformable_group * kH * kW, H_out,
+            W_out).
+        geometry (dict): See :func:`_pairs`, and ``group`` and ``deformable_group``,
+            which torchvision infers from the shapes.
+
+    Returns:
+        Tensor: Shape (N, C_out, H_out, W_out).
 
     Raises:
-        ValueError: If the shapes do not agree with the arguments.
+        ValueError: If the shapes contradict the numbers of groups.
     """
+    group, deformable_group = geometry['group'], geometry['deformable_group']
     if input.shape[1] != weight.shape[1] * group:
         raise ValueError(
             f'input has {input.shape[1]} channels, but weight of shape '
@@ -486,6 +353,56 @@ def _check_groups(
             f'offset has {offset.shape[1]} channels, but {deformable_group} '
             f'deformable groups need {expected}'
         )
+    stride, padding, dilation = _pairs(geometry)
+    return _torchvision_ops().deform_conv2d(
+        input, offset, weight, None, stride, padding, dilation, mask
+    )
+
+
+def _pairs(geometry: dict[str, Any]) -> list[tuple[int, int]]:
+    """Stride, padding and dilation, each for y and x.
+
+    Args:
+        geometry (dict): ``dH``, ``dW``, ``padH``, ``padW``, ``dilationH`` and
+            ``dilationW``; the modulated operator calls them ``stride_h``,
+            ``stride_w``, ``pad_h``, ``pad_w``, ``dilation_h`` and ``dilation_w``.
+    """
+    modulated = 'stride_h' in geometry
+    names = ('stride_', 'pad_', 'dilation_') if modulated else ('d', 'pad', 'dilation')
+    y, x = 'hw' if modulated else 'HW'
+    return [(geometry[name + y], geometry[name + x]) for name in names]
+
+
+def _clear_border(
+    grad_offset: Tensor, offset: Tensor, weight: Tensor, geometry: dict[str, Any]
+) -> Tensor:
+    """Clear the gradient of offsets that lead exactly one pixel outside.
+
+    A sample there has a derivative on one side only. torchvision returns it, mmcv
+    returns zero. The offsets of an untrained layer, all of them zero, lead there
+    wherever there is padding.
+
+    Args:
+        grad_offset (Tensor): The gradient, in the shape of ``offset``.
+        offset (Tensor): As for :func:`_deform_conv`, and so are the others.
+        weight (Tensor): Read for its shape.
+        geometry (dict): Read for stride, padding and dilation.
+
+    Returns:
+        Tensor: The gradient with these zeros.
+    """
+    kernel = weight.shape[2:]
+    stride, padding, dilation = _pairs(geometry)
+    # Where the samples are before they are displaced: (kH, H_out) and (kW, W_out).
+    y, x = (
+        torch.arange(kernel[i], device=offset.device)[:, None] * dilation[i]
+        + torch.arange(offset.shape[2 + i], device=offset.device) * stride[i]
+        - padding[i]
+        for i in (0, 1)
+    )
+    shift_y, shift_x = _widen(offset).unflatten(1, (-1, *kernel, 2)).unbind(4)
+    outside = (shift_y + y[:, None, :, None] == -1, shift_x + x[:, None] == -1)
+    return grad_offset.masked_fill(torch.stack(outside, dim=4).flatten(1, 4), 0)
 
 
 def deform_conv_forward(
@@ -493,55 +410,19 @@ def deform_conv_forward(
     weight: Tensor,
     offset: Tensor,
     output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    *workspace: Tensor,
+    **geometry: Any,
 ) -> None:
     """Convolve with a displacement for every position in the kernel.
 
     Args:
-        input (Tensor): Shape (N, C_in, H, W).
-        weight (Tensor): Shape (C_out, C_in / group, kH, kW).
-        offset (Tensor): Shape (N, deformable_group * kH * kW * 2, H_out, W_out), y
-            before x for each position in the kernel.
+        input (Tensor): As for :func:`_deform_conv`, and so are the arguments not
+            listed.
         output (Tensor): Output, shape (N, C_out, H_out, W_out).
-        columns (Tensor): Not touched; workspace of the compiled operator.
-        ones (Tensor): Not touched; workspace of the compiled operator.
-        kW (int): Width of the kernel.
-        kH (int): Height of the kernel.
-        dW (int): Horizontal stride.
-        dH (int): Vertical stride.
-        padW (int): Horizontal padding.
-        padH (int): Vertical padding.
-        dilationW (int): Horizontal dilation.
-        dilationH (int): Vertical dilation.
-        group (int): Groups of the convolution.
-        deformable_group (int): Groups of input channels that share offsets.
-        im2col_step (int): Not read; chunk size of the compiled operator.
-
-    Raises:
-        ValueError: If the shapes contradict ``group`` or ``deformable_group``.
+        *workspace (Tensor): Not touched.
     """
-    _check_groups(input, weight, offset, group, deformable_group)
-    result = _torchvision_ops().deform_conv2d(
-        _widen(input),
-        _widen(offset),
-        _widen(weight),
-        stride=(dH, dW),
-        padding=(padH, padW),
-        dilation=(dilationH, dilationW),
-    )
-    output.copy_(result)
+    tensors = _widen(input), _widen(offset), _widen(weight)
+    output.copy_(_deform_conv(*tensors, None, geometry))
 
 
 def deform_conv_backward_input(
@@ -551,18 +432,8 @@ def deform_conv_backward_input(
     gradInput: Tensor,
     gradOffset: Tensor,
     weight: Tensor,
-    columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    *workspace: Tensor,
+    **geometry: Any,
 ) -> None:
     """Compute what :func:`deform_conv_forward` passes back to input and offset.
 
@@ -572,22 +443,15 @@ def deform_conv_backward_input(
         gradInput (Tensor): Output of the shape of ``input``; the gradient is added.
         gradOffset (Tensor): Output of the shape of ``offset``; overwritten.
     """
-    _check_groups(input, weight, offset, group, deformable_group)
-    kernel = _widen(weight.detach())
-
-    def convolve(input: Tensor, offset: Tensor) -> Tensor:
-        return _torchvision_ops().deform_conv2d(
-            input,
-            offset,
-            kernel,
-            stride=(dH, dW),
-            padding=(padH, padW),
-            dilation=(dilationH, dilationW),
-        )
-
-    to_input, to_offset = _gradients(convolve, (input, offset), gradOutput)
+    to_input, to_offset = _gradients(
+        lambda input, offset: _deform_conv(
+            input, offset, _widen(weight.detach()), None, geometry
+        ),
+        (input, offset),
+        gradOutput,
+    )
     gradInput.add_(to_input)
-    gradOffset.copy_(to_offset)
+    gradOffset.copy_(_clear_border(to_offset, offset, weight, geometry))
 
 
 def deform_conv_backward_parameters(
@@ -595,20 +459,9 @@ def deform_conv_backward_parameters(
     offset: Tensor,
     gradOutput: Tensor,
     gradWeight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
+    *workspace: Tensor,
     scale: float,
-    im2col_step: int,
+    **geometry: Any,
 ) -> None:
     """Add what :func:`deform_conv_forward` passes back to ``gradWeight``.
 
@@ -618,22 +471,13 @@ def deform_conv_backward_parameters(
         gradWeight (Tensor): Output of the shape of the weight.
         scale (float): Factor of the gradient.
     """
-    _check_groups(input, gradWeight, offset, group, deformable_group)
     image, displacement = _widen(input.detach()), _widen(offset.detach())
-
-    def convolve(weight: Tensor) -> Tensor:
-        return _torchvision_ops().deform_conv2d(
-            image,
-            displacement,
-            weight,
-            stride=(dH, dW),
-            padding=(padH, padW),
-            dilation=(dilationH, dilationW),
-        )
-
     # The convolution is linear in the weight: its gradient is the same everywhere.
-    zeros = torch.zeros_like(gradWeight)
-    (gradient,) = _gradients(convolve, [zeros], gradOutput)
+    (gradient,) = _gradients(
+        lambda weight: _deform_conv(image, displacement, weight, None, geometry),
+        [torch.zeros_like(gradWeight)],
+        gradOutput,
+    )
     gradWeight.add_(gradient, alpha=scale)
 
 
@@ -645,59 +489,23 @@ def modulated_deform_conv_forward(
     offset: Tensor,
     mask: Tensor,
     output: Tensor,
-    columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
+    *workspace: Tensor,
     with_bias: bool,
+    **geometry: Any,
 ) -> None:
     """Convolve with a displacement and a factor for every position in the kernel.
 
     Args:
-        input (Tensor): Shape (N, C_in, H, W).
-        weight (Tensor): Shape (C_out, C_in / group, kernel_h, kernel_w).
+        input (Tensor): As for :func:`_deform_conv`, and so are the arguments not
+            listed.
         bias (Tensor): Shape (C_out,).
-        ones (Tensor): Not touched; workspace of the compiled operator.
-        offset (Tensor): Shape (N, deformable_group * kernel_h * kernel_w * 2, H_out,
-            W_out), y before x for each position in the kernel.
-        mask (Tensor): Factors, shape (N, deformable_group * kernel_h * kernel_w,
-            H_out, W_out).
+        ones (Tensor): Not touched, and neither is the workspace.
         output (Tensor): Output, shape (N, C_out, H_out, W_out).
-        columns (Tensor): Not touched; workspace of the compiled operator.
-        kernel_h (int): Height of the kernel.
-        kernel_w (int): Width of the kernel.
-        stride_h (int): Vertical stride.
-        stride_w (int): Horizontal stride.
-        pad_h (int): Vertical padding.
-        pad_w (int): Horizontal padding.
-        dilation_h (int): Vertical dilation.
-        dilation_w (int): Horizontal dilation.
-        group (int): Groups of the convolution.
-        deformable_group (int): Groups of input channels that share offsets.
         with_bias (bool): Whether to add the bias.
-
-    Raises:
-        ValueError: If the shapes contradict ``group`` or ``deformable_group``.
     """
-    _check_groups(input, weight, offset, group, deformable_group)
-    result = _torchvision_ops().deform_conv2d(
-        _widen(input),
-        _widen(offset),
-        _widen(weight),
-        _widen(bias) if with_bias else None,
-        stride=(stride_h, stride_w),
-        padding=(pad_h, pad_w),
-        dilation=(dilation_h, dilation_w),
-        mask=_widen(mask),
-    )
-    output.copy_(result)
+    tensors = _widen(input), _widen(offset), _widen(weight), _widen(mask)
+    result = _deform_conv(*tensors, geometry)
+    output.copy_(result + _widen(bias)[:, None, None] if with_bias else result)
 
 
 def modulated_deform_conv_backward(
@@ -714,17 +522,8 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **geometry: Any,
 ) -> None:
     """Compute what :func:`modulated_deform_conv_forward` passes back.
 
@@ -738,25 +537,14 @@ def modulated_deform_conv_backward(
         grad_mask (Tensor): Output of the shape of ``mask``; overwritten.
         grad_output (Tensor): Shape (N, C_out, H_out, W_out).
     """
-    _check_groups(input, weight, offset, group, deformable_group)
-
-    def convolve(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        return _torchvision_ops().deform_conv2d(
-            input,
-            offset,
-            weight,
-            stride=(stride_h, stride_w),
-            padding=(pad_h, pad_w),
-            dilation=(dilation_h, dilation_w),
-            mask=mask,
-        )
-
-    to_input, to_weight, to_offset, to_mask = _gradients(
-        convolve, (input, weight, offset, mask), grad_output
+    to_input, to_offset, to_weight, to_mask = _gradients(
+        lambda *tensors: _deform_conv(*tensors, geometry),
+        (input, offset, weight, mask),
+        grad_output,
     )
     grad_input.add_(to_input)
     grad_weight.add_(to_weight)
-    grad_offset.copy_(to_offset)
+    grad_offset.copy_(_clear_border(to_offset, offset, weight, geometry))
     grad_mask.copy_(to_mask)
     if with_bias:
         grad_bias.add_(_widen(grad_output).sum(dim=(0, 2, 3)))

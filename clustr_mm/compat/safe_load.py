@@ -47,11 +47,10 @@ def _history_buffer_getattr(*args: Any) -> Callable[..., Any]:
 
 
 def _runner_globals() -> list[Any]:
-    """List the globals found in runner checkpoints.
+    """List what ``torch.serialization.add_safe_globals`` takes for these files.
 
     Returns:
-        list: Classes and functions, or pairs of one and the dotted name under which
-        the file refers to it, as ``torch.serialization.add_safe_globals`` takes them.
+        list: Classes, or pairs of a function and the name under which a file has it.
     """
     # An array and a scalar say themselves which function rebuilds them, wherever the
     # installed numpy keeps it.
@@ -81,11 +80,7 @@ def _runner_globals() -> list[Any]:
 
 
 def allow_runner_checkpoints() -> None:
-    """Put what a runner checkpoint holds on torch's allow-list.
-
-    Does nothing on a torch older than 2.6, which does not restrict ``torch.load`` by
-    default and does not accept names for the entries of the list.
-    """
+    """Put what a runner checkpoint holds on torch's allow-list, from 2.6 on."""
     if HAS_ALLOW_LIST:
         allowed = _runner_globals()
         if getattr in torch.serialization.get_safe_globals():
