@@ -45,17 +45,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): requirements/versions.txt requirements/openmmlab.txt requirements/dev.txt setup.py pyproject.toml clustr_mm/compat/clustr_mm.pth
+$(INSTALLED): requirements/versions.txt requirements/openmmlab.txt setup.py pyproject.toml
 	rm -f $(VENV)/.installed-*
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel cython
 	$(PIP) torch torchvision numpy opencv-python
 	$(BIN)/pip uninstall --quiet --yes $(filter-out $(MMCV),mmcv mmcv-lite)
 	CFLAGS="-g0 $(CFLAGS)" MMCV_WITH_OPS=$(if $(filter mmcv,$(MMCV)),1,0) $(PIP) --no-build-isolation $(MMCV) -r requirements/openmmlab.txt
-	$(PIP) -r requirements/dev.txt
+	$(PIP) --editable '.[export,test]'
 # The same OpenCV without its windows, which need system libraries (libGL).
 	$(PIP) --no-deps --force-reinstall opencv-python-headless
-	$(PIP) --no-deps --editable .
-# A wheel brings the start-up file along, an editable installation does not.
-	cp clustr_mm/compat/clustr_mm.pth "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+# For `mim test mmdet` with mmcv-lite, see docs/faq.md.
+	$(BIN)/python -m clustr_mm.compat on
 	touch $@
