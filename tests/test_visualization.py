@@ -90,7 +90,17 @@ def test_labels_are_those_that_the_attention_went_to(block, shared):
         assert not torch.equal(used[0].labels[0], used[1].labels[0])
 
 
-@pytest.mark.parametrize('clusterer', [None, WINDOWS, dict(type='GridCells')])
+class Backwards(nn.Module):
+    """As many clusters as tokens, the last token in the first one."""
+
+    def forward(self, tokens, hw, counts):
+        labels = torch.arange(tokens.shape[1]).flip(0)[None]
+        return (labels, labels), (tokens.shape[1],) * 2
+
+
+@pytest.mark.parametrize(
+    'clusterer', [None, WINDOWS, dict(type='GridCells'), dict(type=Backwards)]
+)
 @pytest.mark.parametrize('stage', [0, 1, 2])
 def test_map_times_values_is_the_attention(stage, clusterer):
     backbone, calls = make_backbone(clusterer=clusterer), []
@@ -338,7 +348,7 @@ def test_figure(h, w, longer):
     maps = [
         ClusterMap(**place, scale=i, shares=shares, centres=centres) for i in (0, 1)
     ]
-    figure = draw_figure(picture, maps, 'title', longer=longer)
+    figure = draw_figure(picture, maps, r'a$\frac$', longer=longer)
     (place,) = find_picture(figure, resize_image(picture, longer))
     assert place[0] < 0.4 * len(figure) if longer > 96 else place[0] < 140
     # Three pixels at least of each centre are plain yellow, in both scales.

@@ -280,6 +280,9 @@ def test_hook_in_a_wrapped_model_with_autocast(tmp_path):
     assert [(name, step) for name, _, step in added] == [('n', 1), ('n', 2)]
     picture = Pixels((120, 115, 100), (58, 57, 50)).restore(inputs[0])
     assert len(find_picture(added[0][1], picture)) == 1
+    # The half precision of the training is not in the picture.
+    ((_, plain, _),) = Stub().train(hook, 1, inputs)
+    assert np.array_equal(added[0][1], plain)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
