@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import find_backbone, our_types
+from make_toy_data import make_toy_data
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -19,7 +20,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 import clustr_mm
-from clustr_mm.toy_data import make_toy_data
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 ALL = sorted(p for p in CONFIGS.glob('*/*.py') if p.parent.name != '_base_')
