@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from count_kernels import count_kernels
 from get_flops import load_model
 from test_models.variants import for_all, make_model
 from torch import nn
@@ -18,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch_versions import compiles
 
-from clustr_mm.benchmark.kernels import count_kernels
 from clustr_mm.ops import kmeans, merge_tokens, set_search_backend
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

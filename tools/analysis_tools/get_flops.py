@@ -5,9 +5,9 @@ clustering; here they have columns of their own. "Layers" are linear layers and
 convolutions. Weights are random, and nothing is downloaded.
 
 Examples:
-    python tools/analysis_tools/get_flops.py tiny small base --shape 224 224
-    python tools/analysis_tools/get_flops.py clustr-s clustr-s-w224 pvtv2-b2 --shape 800 1344
-    python tools/analysis_tools/get_flops.py configs/mmdet/retinanet_clustr-s_fpn_1x_coco.py
+    get_flops.py tiny small base --shape 224 224
+    get_flops.py clustr-s clustr-s-w224 pvtv2-b2 --shape 800 1344
+    get_flops.py configs/mmdet/retinanet_clustr-s_fpn_1x_coco.py
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from backbones import find_backbone, presets, without_weights
+from common import import_extra
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
@@ -51,6 +52,16 @@ if hasattr(torch.ops.aten, _NAME):
     CPU_ATTENTION[getattr(torch.ops.aten, _NAME)] = _count_attention
 
 
+TITLES = (
+    *('model', 'input', 'parameters, M', 'layers, G', 'attention products, G'),
+    *('clustering distances, G', 'sum, G', 'as published, G'),
+)
+AS_PUBLISHED = (
+    'As published: what the figures of the paper count, layers and the products of the '
+    'coarse scale.'
+)
+
+
 @dataclass
 class Flops:
     """Cost of one forward pass of a model on one image.
@@ -68,11 +79,10 @@ class Flops:
         clustering (int): Squared distances that the clustering looks at: of all
             pairs of tokens for DPC-kNN, N * N * C as the definition has it; of
             tokens and means for k-means, N * M * C in every step.
-        published (int, optional): What ClusTR's published figures count: the
-            layers, and the attention products of the coarse scale, as if there
-            were no other. (Inferred: the figures for 224 x 224 are met within
-            0.5 %; PVT's counting script, which knows one scale, adds the same.)
-            None for other models and other clusterings.
+        published (int, optional): What the paper's figures count: the layers and the
+            products of the coarse scale. (Inferred: they are met within 0.5 %, and
+            PVT's script, which knows one scale, counts so.) None for other models and
+            other clusterings.
     """
 
     name: str
@@ -273,20 +283,16 @@ def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
 
 def to_markdown(rows: Sequence[Flops]) -> str:
     """One table of all counts, in millions of parameters and 1e9 multiply-adds."""
-    lines = [
-        '| model | input | parameters, M | layers, G | attention products, G '
-        '| clustering distances, G | sum, G | as published, G |',
-        '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
-    ]
+    tabulate = import_extra('tabulate').tabulate
+    lines = []
     for row in rows:
-        counts = (row.layers, row.attention, row.clustering, row.total)
-        cells = [f'{count / 1e9:.2f}' for count in counts]
-        cells.append('' if row.published is None else f'{row.published / 1e9:.2f}')
-        lines.append(
-            f'| {row.name} | {row.height}x{row.width} | {row.parameters / 1e6:.2f} '
-            f'| {" | ".join(cells)} |'
-        )
-    return '\n'.join(lines) + '\n'
+        counts = (row.layers, row.attention, row.clustering, row.total, row.published)
+        billions = (None if count is None else count / 1e9 for count in counts)
+        size = f'{row.height}x{row.width}'
+        lines.append([row.name, size, row.parameters / 1e6, *billions])
+    table = tabulate(lines, TITLES, 'pipe', floatfmt='.2f', missingval='')
+    note = f'\n{AS_PUBLISHED}\n' if any(row.published for row in rows) else ''
+    return f'{table}\n{note}'
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 Needs torch, Triton and mmengine; peers come from mmdet or timm, where one is there.
 Writes gpu_acceptance.json and .md. Exit status 1: something failed, 2: no GPU. Run it
-by `make gpu`, or to try it: `python tools/analysis_tools/gpu_acceptance.py --device cpu --quick`.
+by `make gpu`; `--device cpu --quick` tries the script.
 """
 
 import argparse
@@ -23,16 +23,14 @@ from statistics import median
 from unittest import mock
 
 import torch
-from backbones import WAYS
+from backbones import WAYS, Backbone, find_backbone
+from benchmark import OPERATORS, Pass, make_operator, probe_cuda, smooth_noise
+from common import describe, device_name, versions
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.benchmark import timer
 
 from clustr_mm import ClusTR
-from clustr_mm.benchmark import Backbone, BackboneCase, OperatorCase, find_backbone
-from clustr_mm.benchmark.cases import OPERATORS, smooth_noise
-from clustr_mm.benchmark.memory import describe, free_memory, probe_cuda
-from clustr_mm.benchmark.report import device_name, versions
-from clustr_mm.benchmark.runner import time_call
 from clustr_mm.files import write_whole
 from clustr_mm.ops import dpc_knn, kmeans, search
 from clustr_mm.ops.backend import VARIABLE
@@ -215,13 +213,10 @@ def measure_backbones(run: Run) -> Iterator[Row]:
             row['of'], backbone = find(name, size)
             row['mode'] = mode
             if backbone is not None:
-                kind = dict(batch=batch, mode=mode, device=run.device, amp='bf16')
-                case = BackboneCase(backbone=backbone, size=size, **kind)
-                free_memory()
+                make = partial(Pass, backbone, batch, size, mode, run.device, 'bf16')
                 try:
-                    call, usage = probe_cuda(case) if run.cuda else (case.prepare(), ())
-                    row.update(zip(('MiB',), usage))
-                    row['ms'] = median_ms(call.run, run)
+                    call, found = probe_cuda(make, 'cuda') if run.cuda else (make(), {})
+                    row.update(found, ms=median_ms(call, run))
                 except Exception as error:
                     row.update(note=describe(error), ok=False)
                 call = None
@@ -231,13 +226,19 @@ def measure_backbones(run: Run) -> Iterator[Row]:
             yield row
 
 
-def median_ms(call: Callable[[], object], run: Run, seconds: float = 2.0) -> float:
+def median_ms(call: Callable[[], object], run: Run) -> float:
     """Median duration after a warm-up, by CUDA events on a GPU."""
+
+    def once() -> float:
+        start = timer()
+        call()
+        return 1e3 * (timer() - start)
+
     for _ in range(1 if run.quick else 3):
-        passed = time_call(call, run.device)
-    rounds = 2 if run.quick else max(3, min(20, int(seconds / passed)))
+        passed = once()
+    rounds = 2 if run.quick else max(3, min(20, int(2000 / passed)))
     if not run.cuda:
-        return median(1e3 * time_call(call, run.device) for _ in range(rounds))
+        return median(once() for _ in range(rounds))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
     events[0].record()
     for event in events[1:]:
@@ -250,15 +251,15 @@ def median_ms(call: Callable[[], object], run: Run, seconds: float = 2.0) -> flo
 def measure_operator(run: Run) -> Iterator[Row]:
     """The clustering beside the textbook's, and all of a detector's image."""
     for batch, length in [(1, 256)] if run.quick else [(1, 16384), (4, 3136)]:
-        shape = dict(batch=batch, tokens=length, channels=64, device=run.device)
-        cases = [OperatorCase(name=name, **shape) for name in OPERATORS]
-        times = {case.name: median_ms(case.prepare().run, run) for case in cases}
-        x = torch.randn(batch, length, 64).to(run.device)
+        shape = (batch, length, 64)
+        calls = {name: make_operator(name, *shape, run.device) for name in OPERATORS}
+        times = {name: median_ms(call, run) for name, call in calls.items()}
+        x = torch.randn(shape).to(run.device)
         brute_force = partial(lambda x: torch.cdist(x, x).topk(5, largest=False), x)
         times['cdist and topk alone'] = median_ms(brute_force, run)
         for name, ms in times.items():
             speed = times['textbook'] / ms
-            yield dict(what=name, input=cases[0].input, ms=ms, speed_ratio=speed)
+            yield dict(what=name, input=str(shape), ms=ms, speed_ratio=speed)
     total = 0.0
     size = (96, 64) if run.quick else (800, 1344)
     for depth, stride, channels in [(3, 4, 64), (5, 8, 128), (13, 16, 256)]:

@@ -5,7 +5,7 @@ and prints a table. No GPU is needed. Exit status 1 if numbers are spilled out o
 registers, or if a card has too little shared memory.
 
 Example:
-    python tools/analysis_tools/kernel_resources.py --out docs/gpu.md
+    kernel_resources.py --out docs/gpu.md
 """
 
 import argparse
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from common import import_extra
 
 from clustr_mm.files import write_whole
 
@@ -112,8 +114,7 @@ def main() -> int:
         rows = [measure(c, n, *s) for c in CARDS for n in CHANNELS for s in SEARCHES]
     except (ImportError, AttributeError) as error:
         parser.error(f'needs Triton, as new as 3.6: {error}')
-    lines = [list(rows[0]), ['---'] * len(rows[0]), *(row.values() for row in rows)]
-    table = '\n'.join(f'| {" | ".join(str(cell) for cell in line)} |' for line in lines)
+    table = import_extra('tabulate').tabulate(rows, 'keys', 'pipe')
     print(table)
     if args.out:
         write_whole(args.out, f'\n{table}\n'.join((before, after)).encode())

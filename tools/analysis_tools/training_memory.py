@@ -2,26 +2,26 @@
 
 Every operation of the forward and the backward pass runs on tensors without numbers
 (FakeTensorMode), and their sizes are added up (MemTracker). Takes some minutes.
-Example: python tools/analysis_tools/training_memory.py --inputs 4x512x512 --backbones clustr-s-linear
+Example: training_memory.py --inputs 4x512x512 --backbones clustr-s-linear
 """
 
 import argparse
 import importlib
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 from unittest import mock
 
 import torch
+from backbones import Backbone, find_backbone
+from common import describe, import_extra, parse_shape
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
-from clustr_mm.benchmark import Backbone, find_backbone
-from clustr_mm.benchmark.memory import GIB, describe
 from clustr_mm.ops import clusterers, search
 
 dpc_module = importlib.import_module('clustr_mm.ops.dpc_knn')
@@ -119,13 +119,6 @@ def plan(names: Sequence[str]) -> Iterator[tuple[str, Backbone, bool]]:
             yield label, Backbone(label, cfg, backbone.scope), triton
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Read '2x800x1344': batch, height, width."""
-    if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){2}', text):
-        raise argparse.ArgumentTypeError(f'must be like 2x800x1344, got {text!r}')
-    return tuple(map(int, text.split('x')))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Count and print a Markdown table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,35 +126,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [BASELINE, 'clustr-s-linear', 'clustr-s']
     shapes = [(4, 512, 512), (2, 800, 1344)]
     add = parser.add_argument
-    add('--backbones', nargs='+', default=names, help='presets of tools/benchmark.py')
-    add('--inputs', nargs='+', type=parse_shape, default=shapes, metavar='BxHxW')
+    add('--backbones', nargs='+', default=names, help='presets or configs')
+    shape = partial(parse_shape, like='2x800x1344')
+    add('--inputs', nargs='+', type=shape, default=shapes, metavar='BxHxW')
     args = parser.parse_args(argv)
     try:
         rows = list(plan(args.backbones))
     except ValueError as error:
         parser.error(str(error))
 
-    found: dict[tuple, int | str] = {}
-    for shape in args.inputs:
-        for label, backbone, triton in rows:
-            print(f'{label} {"x".join(map(str, shape))} ...', file=sys.stderr)
-            try:
-                found[label, shape] = peak_memory(backbone, shape, triton)
-            except Exception as error:
-                found[label, shape] = describe(error)
-    print(CAPTION)
+    tabulate = import_extra('tabulate').tabulate
     inputs = ['x'.join(map(str, shape)) for shape in args.inputs]
-    print('| backbone |', ' | '.join(inputs), '|')
-    print('| --- |', ' | '.join('---:' for _ in inputs), '|')
-    for label, *_ in rows:
-        line = f'| {label} |'
-        for shape in args.inputs:
-            value, base = found[label, shape], found.get((BASELINE, shape))
-            line += f' {value}' if isinstance(value, str) else f' {value / GIB:.2f}'
-            both = isinstance(value, int) and isinstance(base, int)
-            line += f' ({value / base:.2f}×) |' if both else ' |'
-        print(line)
-    return int(any(isinstance(value, str) for value in found.values()))
+    lines, bases, status = [], {}, 0
+    for label, backbone, triton in rows:
+        lines.append([label])
+        for name, shape in zip(inputs, args.inputs):
+            print(f'{label} {name} ...', file=sys.stderr)
+            try:
+                used = peak_memory(backbone, shape, triton) / 2**30
+                if label == BASELINE:
+                    bases[name] = used
+                ratio = f' ({used / bases[name]:.2f}×)' if name in bases else ''
+                lines[-1].append(f'{used:.2f}{ratio}')
+            except Exception as error:
+                lines[-1].append(describe(error))
+                status = 1
+    right = ('left', *('right' for _ in inputs))
+    print(
+        CAPTION,
+        tabulate(lines, ['backbone', *inputs], 'pipe', colalign=right),
+        sep='\n',
+    )
+    return status
 
 
 if __name__ == '__main__':

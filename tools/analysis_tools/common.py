@@ -1,0 +1,66 @@
+"""What several tools of this folder need."""
+
+import argparse
+import importlib
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from clustr_mm.files import shorten
+
+PACKAGES = (
+    *('torch', 'triton', 'numpy', 'mmengine', 'mmcv', 'mmcv-lite', 'clustr_mm'),
+    *('mmdet', 'mmsegmentation', 'mmpose', 'mmpretrain', 'timm'),
+)
+
+
+def import_extra(name: str) -> ModuleType:
+    """Import what only tools need, or end with a sentence on how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        tool = Path(sys.argv[0]).name
+        raise SystemExit(
+            f"{tool} needs {name} ({error}): pip install 'clustr_mm[tools]'"
+        ) from error
+
+
+def describe(error: BaseException) -> str:
+    """One short line about an exception."""
+    hints = ('allocate memory', 'bad_alloc', 'out of memory')
+    if isinstance(error, MemoryError) or any(hint in str(error) for hint in hints):
+        return 'out of memory'
+    return f'{type(error).__name__}: {shorten(error, 120)}'
+
+
+def device_name(device: str) -> str:
+    """What the device calls itself."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    path = Path('/proc/cpuinfo')
+    found = path.exists() and re.search(r'model name\s*: (.*)', path.read_text())
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what is installed of ``PACKAGES``."""
+    found = {each.metadata['Name']: each.version for each in metadata.distributions()}
+    installed = {name: found[name] for name in PACKAGES if name in found}
+    return dict(python=platform.python_version(), **installed)
+
+
+def parse_shape(text: str, like: str) -> tuple[int, ...]:
+    """Read as many numbers as ``like`` has; one is enough for height and width."""
+    is_shape = re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', text)
+    numbers = tuple(map(int, text.split('x'))) if is_shape else ()
+    wanted = like.count('x') + 1
+    if wanted == 2 and len(numbers) == 1:
+        numbers *= 2
+    if len(numbers) != wanted:
+        raise argparse.ArgumentTypeError(f'must be like {like}, got {text!r}')
+    return numbers
