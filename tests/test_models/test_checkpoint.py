@@ -1,9 +1,9 @@
+"""Weights of other origin: which names and files load, and what is said of others."""
+
 import pytest
 import torch
 from mmengine.model import BaseModule
-from mmengine.runner import load_checkpoint, save_checkpoint
-from test_models.test_clustr import ARCH, golden, randn, random_model  # noqa: F401
-from test_models.variants import load_all
+from test_models.variants import for_all, golden, load_all, make_model, random_model
 from torch import nn
 
 from clustr_mm import ClusTR
@@ -12,166 +12,147 @@ from clustr_mm import ClusTR
 class Detector(BaseModule):
     """What a toolbox makes of a backbone."""
 
-    def __init__(self):
+    def __init__(self, backbone):
         super().__init__()
-        self.backbone = ClusTR(ARCH)
+        self.backbone = backbone
         self.head = nn.Linear(2, 2)
 
 
-def equal(model, state_dict):
+def copy_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(model, state_dict):
     return all(
         torch.equal(value, state_dict[name])
         for name, value in model.state_dict().items()
     )
 
 
-def public(golden):  # noqa: F811
-    return {
-        name.removeprefix('param/'): value
-        for name, value in golden.items()
-        if name.startswith('param/')
-    }
+def public_weights(name):
+    return golden(dict(ClusTR='clustr', DualViT='dual_vit')[name])[1]
 
 
-def wrappings(state_dict):
-    prefixed = {
-        prefix: {prefix + name: value for name, value in state_dict.items()}
-        for prefix in ['module.', 'backbone.', 'module.backbone.']
-    }
-    return {
-        'bare': state_dict,
-        **prefixed,
-        'state_dict': dict(state_dict=state_dict),
-        'model': dict(model=state_dict, epoch=3),
-        'model, module.': dict(model=prefixed['module.']),
-        'state_dict, backbone.': dict(
-            state_dict=prefixed['backbone.'], meta={}, optimizer={}
-        ),
-    }
+def with_prefix(prefix):
+    return lambda weights: {prefix + name: value for name, value in weights.items()}
 
 
-WRAPPINGS = list(wrappings({}))
+WRAPPINGS = {
+    'bare': lambda weights: weights,
+    'module.': with_prefix('module.'),
+    'module.backbone.': with_prefix('module.backbone.'),
+    'model': lambda weights: dict(model=weights, epoch=3),
+    'model, module.': lambda weights: dict(model=with_prefix('module.')(weights)),
+    'state_dict, backbone.': lambda weights: dict(
+        state_dict=with_prefix('backbone.')(weights), meta={}, optimizer={}
+    ),
+}
 
 
-@pytest.mark.parametrize('wrapping', WRAPPINGS)
-@pytest.mark.parametrize('names', ['ours', 'public'])
-def test_init_cfg(golden, tmp_path, names, wrapping):  # noqa: F811
-    reference = ClusTR(ARCH)
-    reference.load_state_dict(public(golden), strict=False)
+@pytest.mark.parametrize('wrap', WRAPPINGS.values(), ids=WRAPPINGS)
+@pytest.mark.parametrize('names', ['own', 'public'])
+@pytest.mark.parametrize('name', ['ClusTR', 'DualViT'])
+def test_init_cfg(tmp_path, name, names, wrap):
+    reference = make_model(name)
+    reference.load_state_dict(public_weights(name), strict=False)
     expected = reference.state_dict()
-    source = expected if names == 'ours' else public(golden)
+    source = dict(expected if names == 'own' else public_weights(name))
+    # A public classifier has more than the backbone.
+    for extra in ('aux_head.bias', 'post_network.0.attn.kv.weight'):
+        source[extra] = torch.zeros(10, 64)
     path = str(tmp_path / 'weights.pth')
-    torch.save(wrappings(source)[wrapping], path)
+    torch.save(wrap(source), path)
 
-    model = ClusTR(ARCH, init_cfg=dict(type='Pretrained', checkpoint=path))
-    assert not equal(model, expected)
+    model = make_model(name, init_cfg=dict(type='Pretrained', checkpoint=path))
+    assert not same(model, expected)
     model.init_weights()
-    assert equal(model, expected)
-
-    detector = Detector()
+    assert same(model, expected)
+    detector = Detector(make_model(name))
     detector.backbone.init_cfg = model.init_cfg
     detector.init_weights()
-    assert equal(detector.backbone, expected)
+    assert same(detector.backbone, expected)
 
 
-def test_public_names_mean_the_right_parameters(golden):  # noqa: F811
-    model = ClusTR(ARCH)
-    model.load_state_dict(public(golden), strict=False)
-    for ours, theirs in [
-        ('stages.0.patch_embed.proj.weight', 'patch_embed1.proj.weight'),
-        ('stages.1.blocks.1.attn.importance.bias', 'block2.1.attn.weight_layer.bias'),
-        ('stages.2.blocks.0.attn.kv2.weight', 'block3.0.attn.kv2.weight'),
-        ('stages.3.blocks.0.attn.kv.weight', 'block4.0.attn.kv.weight'),
-        ('stages.3.blocks.0.ffn.dwconv.bias', 'block4.0.mlp.dwconv.dwconv.bias'),
-        ('stages.3.norm.weight', 'norm4.weight'),
-    ]:
-        assert torch.equal(model.state_dict()[ours], golden[f'param/{theirs}'])
-
-
-def test_fewer_stages_take_a_full_checkpoint():
-    full = random_model()
-    part = ClusTR(ARCH, out_indices=(0, 1))
-    part.load_state_dict(full.state_dict(), strict=False)
-    assert equal(part, full.state_dict())
-
-
-def test_own_checkpoint_round_trip(tmp_path):
-    detector = Detector()
+def test_init_cfg_with_a_prefix(tmp_path):
+    detector = Detector(random_model('ClusTR'))
     path = str(tmp_path / 'detector.pth')
-    save_checkpoint(dict(state_dict=detector.state_dict()), path)
-    again = Detector()
-    load_checkpoint(again, path, strict=True)
-    assert equal(again, detector.state_dict())
-    again = Detector()
-    again.load_state_dict(detector.state_dict())
-    assert equal(again, detector.state_dict())
+    torch.save(dict(state_dict=detector.state_dict()), path)
+    cfg = dict(type='Pretrained', checkpoint=path, prefix='backbone')
+    model = make_model('ClusTR', init_cfg=cfg)
+    model.init_weights()
+    assert same(model, detector.backbone.state_dict())
 
 
-def test_strict_still_reports_unknown_keys():
-    model = random_model()
+@pytest.mark.parametrize('more', [{}, dict(prefix='backbone')])
+@pytest.mark.parametrize('content', [b'', b'<html>Not found</html>', b'\x80\x02' * 99])
+@for_all
+def test_unreadable_file(tmp_path, name, content, more):
+    path = tmp_path / 'weights.pth'
+    path.write_bytes(content)
+    cfg = dict(type='Pretrained', checkpoint=str(path), **more)
+    model = make_model(name, init_cfg=[cfg])
+    with pytest.raises(ValueError, match=f"^checkpoint '{path}' (is|can)") as error:
+        model.init_weights()
+    said = str(error.value)
+    assert '\n' not in said and 'weights_only' not in said
+    with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
+        make_model(name, init_cfg={**cfg, 'checkpoint': 'nowhere.pth'}).init_weights()
+
+
+def test_every_public_name_is_known():
+    """As many parameters as names, none of them twice."""
+    model = make_model('DualViT')
+    weights = dict(public_weights('DualViT'))
+    assert len(model.state_dict()) == len(weights)
+    model.load_state_dict(weights)
     with pytest.raises(RuntimeError, match=r'Unexpected key.*head\.weight'):
-        model.load_state_dict({**model.state_dict(), 'head.weight': torch.zeros(1)})
+        model.load_state_dict({**weights, 'head.weight': torch.zeros(1)})
+    assert 'head.weight' not in weights and 'norm4.bias' in weights
 
 
 def test_not_strict_is_partial():
     """As torch says: what is missing stays, what is unknown is reported."""
-    model = ClusTR(ARCH)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = make_model('ClusTR')
+    before = copy_of(model)
     weights = {'norm4.bias': torch.ones(64), 'head.weight': torch.zeros(1)}
     keys = model.load_state_dict(weights, strict=False)
     assert keys.unexpected_keys == ['head.weight']
     assert 'stages.3.norm.bias' not in keys.missing_keys
-    before['stages.3.norm.bias'] = torch.ones(64)
-    assert equal(model, before)
+    assert same(model, {**before, 'stages.3.norm.bias': torch.ones(64)})
     with pytest.raises(RuntimeError, match='Missing key'):
         model.load_state_dict(weights)
 
 
 def test_two_names_for_one_parameter():
-    model = ClusTR(ARCH)
-    weights = {
-        'norm4.bias': torch.ones(64),
-        'backbone.stages.3.norm.bias': torch.ones(64),
-    }
-    with pytest.raises(
-        RuntimeError, match=r'norm4\.bias and .* are both stages\.3\.norm\.bias'
-    ):
-        model.load_state_dict(weights, strict=False)
-
-
-def test_buffers_that_are_not_saved_are_not_missed():
-    model = ClusTR(ARCH)
-    weights = model.state_dict()
-    model.register_buffer('scratch', torch.zeros(3), persistent=False)
-    load_all(model, weights)
-
-
-def test_wrong_checkpoint_counts_and_names(tmp_path):
-    model = ClusTR(ARCH)
-    total = len(model.state_dict())
-    path = str(tmp_path / 'other.pth')
-
-    torch.save({'conv1.weight': torch.zeros(3)}, path)
-    message = (
-        rf'does not fit this ClusTR: 0 of {total} parameters match; missing: '
-        r'stages\.0\.patch_embed\.proj\.weight, .* and \d+ more'
-    )
-    pretrained = ClusTR(ARCH, init_cfg=dict(type='Pretrained', checkpoint=path))
+    names = ['norm4.bias', 'backbone.stages.3.norm.bias']
+    message = r'norm4\.bias and .* are both stages\.3\.norm\.bias'
     with pytest.raises(RuntimeError, match=message):
-        pretrained.init_weights()
+        make_model('ClusTR').load_state_dict(
+            dict.fromkeys(names, torch.ones(64)), strict=False
+        )
 
-    # One missing and one of another shape.
-    state_dict = dict(model.state_dict())
-    del state_dict['stages.3.norm.bias']
-    state_dict['stages.0.norm.bias'] = torch.zeros(17)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+@for_all
+def test_wrong_checkpoint_counts_and_names(name):
+    model = make_model(name)
+    before = copy_of(model)
+    total, kind = len(before), type(model).__name__
     with pytest.raises(
         RuntimeError,
-        match=rf'{total - 2} of {total} .*missing: stages\.3\.norm\.bias; of other '
-        r'shape: stages\.0\.norm\.bias \(17,\) instead of \(16,\)',
+        match=rf'does not fit this {kind}: 0 of {total} parameters match; missing: '
+        r'stages\.0\.\S+, .* and \d+ more',
     ):
-        load_all(model, state_dict)
-    assert equal(model, before)
+        load_all(model, {'conv1.weight': torch.zeros(3)})
+    # One missing and one of another shape.
+    missing, other = 'stages.0.patch_embed.proj.bias', 'stages.1.blocks.0.norm1.bias'
+    lacking = {k: v for k, v in before.items() if k != missing}
+    with pytest.raises(
+        RuntimeError,
+        match=f'{total - 2} of {total} .*missing: {missing}; of other shape: {other} '
+        rf'\(99,\) instead of',
+    ):
+        load_all(model, {**lacking, other: torch.zeros(99)})
+    assert same(model, before)
 
 
 def test_checkpoint_of_another_variant():
@@ -185,26 +166,7 @@ def test_checkpoint_of_another_variant():
 
 
 def test_checkpoints_load_across_clusterers():
-    model = ClusTR(ARCH, clusterer=dict(type='KMeans'), max_clusters=4)
-    weights = random_model().state_dict()
+    model = make_model('ClusTR, linear')
+    weights = random_model('ClusTR').state_dict()
     load_all(model, weights)
-    assert equal(model, weights)
-
-
-def test_loading_leaves_the_given_dict_alone(golden):  # noqa: F811
-    given = public(golden)
-    names = list(given)
-    ClusTR(ARCH).load_state_dict(given, strict=False)
-    assert list(given) == names
-
-
-def test_other_models_are_not_touched():
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = nn.Linear(1, 1)
-
-    model = Plain()
-    assert not model._load_state_dict_pre_hooks
-    with pytest.raises(RuntimeError, match='Missing key'):
-        model.load_state_dict({'weight': torch.zeros(1, 1), 'bias': torch.zeros(1)})
+    assert same(model, weights)

@@ -1,32 +1,24 @@
 """Small variants of every backbone, for the tests that hold for all of them."""
 
+from functools import cache
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS
 
 import clustr_mm  # noqa: F401  registers the backbones
 
+PYRAMID = dict(
+    embed_dims=[16, 32, 48, 64], num_heads=[1, 2, 3, 4], mlp_ratios=[2, 2, 2, 2]
+)
 ARCHS = dict(
-    ClusTR=dict(
-        embed_dims=[16, 32, 48, 64],
-        num_heads=[1, 2, 3, 4],
-        mlp_ratios=[2, 2, 2, 2],
-        depths=[1, 2, 2, 1],
-        sr_ratios=[8, 4, 2, 1],
-    ),
+    ClusTR=dict(**PYRAMID, depths=[1, 2, 2, 1], sr_ratios=[8, 4, 2, 1]),
     DualViT=dict(
-        stem_width=8,
-        embed_dims=[16, 32, 48, 64],
-        num_heads=[1, 2, 3, 4],
-        mlp_ratios=[2, 2, 3, 2],
-        depths=[1, 2, 2, 2],
+        **{**PYRAMID, 'mlp_ratios': [2, 2, 3, 2]}, depths=[1, 2, 2, 2], stem_width=8
     ),
-    LinGlo=dict(
-        embed_dims=[16, 32, 48, 64],
-        num_heads=[1, 2, 3, 4],
-        mlp_ratios=[2, 2, 2, 2],
-        depths=[1, 2, 3, 2],
-    ),
+    LinGlo=dict(**PYRAMID, depths=[1, 2, 3, 2]),
     STT=dict(
         window_size=3,
         embed_dims=[16, 16, 16, 16],
@@ -71,6 +63,23 @@ def random_model(name, **kwargs):
     return model
 
 
+def run(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b)
+    )
+
+
+@cache
+def fixed_model(name):
+    """For evaluation only: the same in all tests."""
+    return random_model(name).eval()
+
+
 def loss_of(outs):
     """Some number; the mean of squares hardly depends on what is before a norm."""
     return sum((out.float() * randn(*out.shape)).sum() for out in outs)
@@ -80,3 +89,20 @@ def load_all(model, state_dict):
     """Load weights as ``init_cfg`` does: what is missing is an error."""
     with model.complete_weights():
         model.load_state_dict(state_dict, strict=False)
+
+
+@cache
+def golden(name):
+    """Inputs and outputs of the public code, and its weights under its own names."""
+    with np.load(Path(__file__).parents[1] / 'data' / f'{name}_tiny.npz') as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    weights = {
+        key.removeprefix('param/'): value
+        for key, value in arrays.items()
+        if key.startswith('param/')
+    }
+    return arrays, weights
+
+
+def count_parameters(model):
+    return sum(param.numel() for param in model.parameters())
