@@ -31,26 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from clustr_mm.files import read_config, shorten, write_whole
 from clustr_mm.models import ClusTR
 from clustr_mm.models.clustr import ClusteredAttention
-from clustr_mm.ops import DPCKNN, Clusters, GridCells, KMeans
+from clustr_mm.ops import DPCKNN, Clusters, KMeans, grid_cells
 
 #: Operators whose two factors are both activations: products of attention. All
 #: others that the counter knows have weights in them.
 PRODUCTS = ('bmm', 'baddbmm', 'scaled_dot_product', 'efficient_attention')
-
-
-def _count_attention(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
-) -> int:
-    """Attention on a CPU, which PyTorch's counter does not know."""
-    return sdpa_flop_count(query, key, value)
-
-
-# Not there before torch 2.2.
-_NAME = '_scaled_dot_product_flash_attention_for_cpu'
-CPU_ATTENTION = {}
-if hasattr(torch.ops.aten, _NAME):
-    CPU_ATTENTION[getattr(torch.ops.aten, _NAME)] = _count_attention
-
 
 TITLES = (
     *('model', 'input', 'parameters, M', 'layers, G', 'attention products, G'),
@@ -62,17 +47,28 @@ AS_PUBLISHED = (
 )
 
 
+def _count_attention(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+#: Attention on a CPU, which PyTorch's counter does not know; there since torch 2.2.
+_NAME = '_scaled_dot_product_flash_attention_for_cpu'
+CPU_ATTENTION = {}
+if hasattr(torch.ops.aten, _NAME):
+    CPU_ATTENTION[getattr(torch.ops.aten, _NAME)] = _count_attention
+
+
 @dataclass
 class Flops:
-    """Cost of one forward pass of a model on one image.
+    """Multiply-adds, each counted once, of one forward pass on one image.
 
-    A multiply-add counts once. Norms, activations, interpolation and the like are
-    left out, as everybody does.
+    Norms, activations, interpolation and the like are left out, as everybody does.
 
     Attributes:
         name (str): Preset, or name of the config.
-        height (int): Of the image, in pixels.
-        width (int): Of the image, in pixels.
+        height, width (int): Of the image, in pixels.
         parameters (int): Of the model.
         layers (int): Linear layers and convolutions.
         attention (int): Queries times keys, and weights times values.
@@ -103,26 +99,15 @@ class Flops:
 def count_flops(
     model: nn.Module, height: int, width: int, name: str = 'model'
 ) -> Flops:
-    """Count the multiply-adds of a backbone or of a whole model.
+    """Count the multiply-adds of a backbone or of a whole model, in a copy of it.
 
-    Clusters are not computed for it, tokens are assigned in turn or to cells of a grid,
-    because the number of clusters does not depend on the result; so large images take
-    no longer than the network without clustering. What runs on all kinds of devices is
-    counted on the meta device, in no time.
-
-    Args:
-        model (nn.Module): A backbone, classifier, segmentor, pose estimator or
-            detector. What is counted is a copy of it.
-        height (int): Of the image in pixels, at least 1.
-        width (int): Likewise.
-        name (str): For the result.
-
-    Returns:
-        Flops: The counts. For two-stage detectors they depend on the number of
-        proposals, which for random weights is near its limit.
+    Clusters are not computed for it, because their number does not depend on the
+    result. What does not depend on numbers is counted on the meta device, in no time.
+    In two-stage detectors the counts depend on the number of proposals, which for
+    random weights is near its limit.
 
     Raises:
-        ValueError: If a side is below 1.
+        ValueError: If a side of the image is below 1.
     """
     if height < 1 or width < 1:
         raise ValueError(f'the image must be at least 1 x 1, got {height} x {width}')
@@ -130,26 +115,25 @@ def count_flops(
     channels = getattr(getattr(model, 'backbone', model), 'in_channels', 3)
     device = 'cpu' if needs_numbers(model) else 'meta'
     image = torch.zeros(1, channels, height, width, device=device)
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     model = deepcopy(model).to(device)
-    attentions = [m for m in model.modules() if isinstance(m, ClusteredAttention)]
-    is_papers = isinstance(model, ClusTR) and all(map(_is_papers, attentions))
     model.eval()  # which returns None in some toolboxes
+    clustering: list[int] = []
+    attentions = [m for m in model.modules() if isinstance(m, ClusteredAttention)]
+    for attention in attentions:
+        spare_search(attention.clusterer, clustering)
     # With gradients, lest nn.MultiheadAttention takes a fused way that the counter
     # does not know.
-    clustering: list[int] = []
-    for module in attentions:
-        module.clusterer = CountedClusterer(module.clusterer, clustering)
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with counter, torch.enable_grad():
         forward(model, image)
-    layers = attention = 0
+    layers = products = 0
     for operator, count in counter.get_flop_counts().get('Global', {}).items():
         if any(product in str(operator) for product in PRODUCTS):
-            attention += count // 2
+            products += count // 2
         else:
             layers += count // 2
-    flops = Flops(name, height, width, parameters, layers, attention, sum(clustering))
-    if is_papers:
+    flops = Flops(name, height, width, parameters, layers, products, sum(clustering))
+    if isinstance(model, ClusTR) and all(map(_is_papers, attentions)):
         flops.published = layers + _coarse_products(model, height, width)
     return flops
 
@@ -194,57 +178,37 @@ def forward(model: nn.Module, image: Tensor) -> None:
     model(image, samples, mode='tensor')
 
 
-class CountedClusterer(nn.Module):
-    """Counts the distances that a clusterer computes, and spares them.
+def spare_search(clusterer: nn.Module, found: list[int]) -> None:
+    """Have a clusterer note its distances in ``found`` instead of computing them.
 
-    Args:
-        clusterer (Callable): A clusterer. One of a user's own runs, and nothing is
-            counted.
-        counts (list[int]): Grows by one number for every clustering.
+    One of a user's own runs as it is, and nothing is noted.
     """
 
-    def __init__(self, clusterer: Callable, counts: list[int]) -> None:
-        super().__init__()
-        self.clusterer = clusterer
-        self.counts = counts
-        if isinstance(clusterer, DPCKNN):
-            self.clusterer = CountedDPCKNN(clusterer.k, clusterer.window)
-            self.clusterer.stride = clusterer.stride
-            self.clusterer.counts = counts
-
-    def forward(
-        self, tokens: Tensor, hw: tuple[int, int], counts: Sequence[int]
-    ) -> Clusters:
-        """Give out clusters of the right number."""
-        if not isinstance(self.clusterer, KMeans):
-            return self.clusterer(tokens, hw, counts)
-        cells = GridCells()(tokens, hw, counts)
-        sizes = [tokens.shape[1], *reversed(cells.counts)]
-        pairs = sum(n * m for n, m in zip(sizes, sizes[1:]) if m < n)
-        steps = self.clusterer.steps
-        self.counts.append(len(tokens) * steps * pairs * tokens.shape[2])
-        return cells
-
-
-class CountedDPCKNN(DPCKNN):
-    """Windows as of DPC-kNN, without the search in them."""
-
-    counts: list[int]
-
-    def find(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
-        """Labels of tokens in turn."""
+    def find(tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
         batch, length, channels = tokens.shape
-        self.counts.append(batch * length * length * channels)
+        found.append(batch * length * length * channels)
         index = torch.arange(length, device=tokens.device).expand(batch, -1)
         return tuple(index % count for count in counts)
+
+    def cells(tokens: Tensor, hw: tuple[int, int], counts: Sequence[int]) -> Clusters:
+        clusters = Clusters(*grid_cells(tokens, hw, counts))
+        sizes = [tokens.shape[1], *reversed(clusters.counts)]
+        pairs = sum(n * m for n, m in zip(sizes, sizes[1:]) if m < n)
+        found.append(len(tokens) * clusterer.steps * pairs * tokens.shape[2])
+        return clusters
+
+    if isinstance(clusterer, DPCKNN):
+        clusterer.find = find
+    elif isinstance(clusterer, KMeans):
+        clusterer.forward = cells
 
 
 def load_model(name: str, whole: bool = True) -> tuple[str, nn.Module]:
     """Build what the command line names, with random weights.
 
     Args:
-        name (str): A preset of :func:`backbones.presets`, an ``arch``
-            of ClusTR ('tiny', 's', 'b2', ...), or the path of a config.
+        name (str): A preset of :func:`backbones.presets`, an ``arch`` of ClusTR
+            ('tiny', 's', 'b2', ...), or the path of a config.
         whole (bool): Whether a config gives the whole model or its backbone.
             Defaults to True.
 
@@ -257,28 +221,31 @@ def load_model(name: str, whole: bool = True) -> tuple[str, nn.Module]:
     """
     if name in ClusTR.arch_zoo:
         return name, ClusTR(name)
-    if not whole or not Path(name).is_file():
+    if whole and Path(name).is_file():
+        label, build = Path(name).stem, model_of(name)
+    else:
         backbone = find_backbone(name)
-        return backbone.name, _build(name, backbone.build)
-    config = read_config(Path(name))
+        label, build = backbone.name, backbone.build
+    try:
+        return label, build()
+    # What a config of somebody's raises may be anything.
+    except Exception as error:
+        raise ValueError(f'cannot build {name}: {shorten(error)}') from error
+
+
+def model_of(path: str) -> Callable[[], nn.Module]:
+    """What builds the model of a config, without weights."""
+    config = read_config(Path(path))
     model = config.get('model')
     if not isinstance(model, dict) or 'type' not in model:
-        raise ValueError(f'{name} has no model')
+        raise ValueError(f'{path} has no model')
 
     def build() -> nn.Module:
         if config.get('default_scope'):
             init_default_scope(config.default_scope)
         return MODELS.build(ConfigDict(without_weights(model.to_dict())))
 
-    return Path(name).stem, _build(name, build)
-
-
-def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    # What a config of somebody's raises may be anything.
-    try:
-        return build()
-    except Exception as error:
-        raise ValueError(f'cannot build {name}: {shorten(error)}') from error
+    return build
 
 
 def to_markdown(rows: Sequence[Flops]) -> str:
@@ -295,49 +262,32 @@ def to_markdown(rows: Sequence[Flops]) -> str:
     return f'{table}\n{note}'
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        'models',
-        nargs='+',
-        metavar='CONFIG|ARCH',
-        help=f'tiny, small, base, a preset ({", ".join(presets())}), or a config file',
-    )
-    parser.add_argument(
-        '--shape',
-        type=int,
-        nargs='+',
-        default=[224, 224],
-        metavar='PIXELS',
-        help='height and width of the image, or one number for both (224)',
-    )
-    parser.add_argument(
-        '--backbone',
-        action='store_true',
-        help='count only the backbone of a config, not the whole model',
-    )
-    parser.add_argument('--out', type=Path, help='write the counts here, as JSON')
-    args = parser.parse_args()
+    parser.error = lambda text: parser.exit(2, f'get_flops.py: {text}\n')
+    names = f'tiny, small, base, a preset ({", ".join(presets())}), or a config file'
+    shape = 'height and width of the image, or one number for both (224)'
+    whole = 'count only the backbone of a config, not the whole model'
+    add = parser.add_argument
+    add('models', nargs='+', metavar='CONFIG|ARCH', help=names)
+    add('--shape', type=int, nargs='+', default=[224], metavar='PIXELS', help=shape)
+    add('--backbone', action='store_true', help=whole)
+    add('--out', type=Path, help='write the counts here, as JSON')
+    args = parser.parse_args(argv)
     if len(args.shape) > 2:
         parser.error(f'--shape takes one or two numbers, got {args.shape}')
-    return args
-
-
-def main() -> None:
-    """Run the tool."""
-    args = parse_args()
     if args.out and not args.out.parent.is_dir():
-        raise SystemExit(f'get_flops.py: there is no folder {args.out.parent}')
+        parser.error(f'there is no folder {args.out.parent}')
     rows = []
     for given in args.models:
         try:
             name, model = load_model(given, whole=not args.backbone)
             rows.append(count_flops(model, args.shape[0], args.shape[-1], name))
         except ValueError as error:
-            raise SystemExit(f'get_flops.py: {error}') from error
+            parser.error(str(error))
     print(to_markdown(rows), end='')
     if args.out:
         text = json.dumps([asdict(row) for row in rows], indent=2) + '\n'
