@@ -7,7 +7,7 @@ if (($# < 2)); then
     exit 2
 fi
 root=$(cd "$(dirname "$0")/../.." && pwd) configs=()
-for config in "$root/configs/$1"/*${BACKBONE:-}[-_]*.py; do
+for config in "$root/configs/$1"/*${BACKBONE:-}_*.py; do
     [[ ${config##*/} == *toy* ]] || configs+=("$config")
 done
 python "$root/tools/evaluate.py" "$2" --configs "${configs[@]}" "${@:3}"
