@@ -1,9 +1,9 @@
 """The tool that shows how much of the tokens clusters lose."""
 
-import importlib.util
 import re
 from pathlib import Path
 
+import cluster_curve as tool
 import numpy as np
 import pytest
 import torch
@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 from clustr_mm.ops import DPCKNN, KMeans
 from clustr_mm.visualization import evaluating, load_backbone, read_image
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """model = dict(
     type='ClusTR',
     arch=dict(
@@ -24,16 +23,6 @@ CONFIG = """model = dict(
     ),
 )
 """
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location(
-        'cluster_curve', ROOT / 'tools/analysis_tools/cluster_curve.py'
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -61,7 +50,7 @@ def naive_unexplained(tokens, labels):
     return float(lost / total)
 
 
-def test_unexplained_variance(tool):
+def test_unexplained_variance():
     # Far from the origin, as tokens may be; and no token has label 1 or 3.
     tokens = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)) + 50
     labels = torch.tensor([0, 2, 4, 5, 2]).repeat(6)
@@ -73,7 +62,7 @@ def test_unexplained_variance(tool):
     assert tool.unexplained_variance(tokens[:1].repeat(3, 1), labels[:3]) == 0
 
 
-def test_curves_of_a_drawn_picture(tool, folder):
+def test_curves_of_a_drawn_picture(folder):
     backbone, pixels = load_backbone('config.py')
     last = []
     backbone.stages[1].blocks[1].attn.register_forward_pre_hook(
@@ -109,7 +98,7 @@ def test_curves_of_a_drawn_picture(tool, folder):
                 assert found == tool.unexplained_variance(tokens[0], labels[0])
 
 
-def test_tool(tool, folder, capsys):
+def test_tool(folder, capsys):
     common = ['wide.png', 'small.png', '--config', 'config.py', '--counts', '200', '16']
     common += ['--stages', '2', '1', '--size', '80']
     tool.main([*common, '--out', 'new/curve'])
@@ -149,7 +138,7 @@ def test_tool(tool, folder, capsys):
     assert not (np.array(image) == red).all(-1).any()
 
 
-def test_average(tool):
+def test_average():
     curves = [{4: (4, 0.5), 16: (15, 0.25)}, {4: (3, 0.25)}]
     assert tool.average(curves) == {4: (3.5, 0.375), 16: (15, 0.25)}
 
@@ -170,7 +159,7 @@ def test_average(tool):
         (['--checkpoint', 'gone.pth'], "there is no checkpoint 'gone.pth'"),
     ],
 )
-def test_errors_take_one_line(tool, folder, capsys, arguments, message):
+def test_errors_take_one_line(folder, capsys, arguments, message):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     common = ['small.png', '--config', 'config.py', '--out', 'curve']
     with pytest.raises(SystemExit) as caught:

@@ -1,38 +1,38 @@
 """The acceptance on a GPU, tried on a CPU."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_acceptance as tool
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools/analysis_tools/gpu_acceptance.py'
-PEERS = ('mmdet', 'mmcv', 'timm')
+PATHS = (str(ROOT), str(TOOL.parent))  # what a run of the script has
+MISSING = (
+    *('mmdet', 'mmcv', 'timm', 'mmseg', 'torchvision', 'PIL'),
+    *('tabulate', 'matplotlib', 'skimage'),
+)
 
 #: Stands in for an environment of torch and mmengine alone.
 BARE = f"""
 import runpy, sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {(*PEERS, 'torchvision', 'mmseg', 'PIL')}:
-            raise ModuleNotFoundError(name, name=name)
-sys.meta_path.insert(0, Missing())
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *args):
+        hidden = name.split('.')[0] in {MISSING}
+        return None if hidden else self.finder.find_spec(name, *args)
+sys.meta_path[:] = map(Finder, sys.meta_path)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('gpu_acceptance', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_quick_with_torch_and_mmengine_alone(tmp_path):
     command = [sys.executable, '-c', BARE, TOOL, '--device', 'cpu', '--quick']
     done = subprocess.run(
         [*command, '--out', tmp_path],
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(PATHS), OMP_NUM_THREADS='1'),
         capture_output=True,
         text=True,
     )
@@ -72,7 +72,7 @@ def test_quick_with_torch_and_mmengine_alone(tmp_path):
     assert (tmp_path / 'gpu_acceptance.md').read_text() in done.stdout
 
 
-def test_failed_parts_do_not_stop_the_others(tool, tmp_path, monkeypatch, capsys):
+def test_failed_parts_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
     def breaks(run):
         """It breaks."""
         yield dict(what='before', ok=True)
@@ -103,7 +103,7 @@ def test_failed_parts_do_not_stop_the_others(tool, tmp_path, monkeypatch, capsys
     capsys.readouterr()
 
 
-def test_wrong_search_is_found(tool, tmp_path, monkeypatch):
+def test_wrong_search_is_found(tmp_path, monkeypatch):
     def blind(queries, keys, width, limits):
         return torch.arange(width).expand(*queries.shape[:2], width)
 
@@ -112,7 +112,7 @@ def test_wrong_search_is_found(tool, tmp_path, monkeypatch):
     assert tool.main(arguments) == 1
 
 
-def test_peers_of_timm_or_none(tool, monkeypatch):
+def test_peers_of_timm_or_none(monkeypatch):
     calls = []
 
     def create_model(**kwargs):
@@ -150,7 +150,7 @@ def test_peers_of_timm_or_none(tool, monkeypatch):
         (['--device', 'cpu', '--out', __file__], f'cannot write to --out {__file__}'),
     ],
 )
-def test_refusals_take_a_line(tool, capsys, arguments, message):
+def test_refusals_take_a_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         tool.main(arguments)
     error = capsys.readouterr().err
