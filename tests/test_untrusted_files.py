@@ -14,16 +14,13 @@ from PIL import Image
 from test_models.variants import ARCHS, CASES, make_model
 from torch_versions import restricted
 
-from clustr_mm.evaluation.checkpoints import load
-from clustr_mm.models.pyramid import PyramidBackbone
-
 FILE = 'weights.pth'
 
 
 class Model(BaseModel):
-    def __init__(self, name='ClusTR', init_cfg=None):
+    def __init__(self, name='ClusTR'):
         super().__init__()
-        self.backbone = make_model(name, init_cfg=init_cfg)
+        self.backbone = make_model(name)
 
     def forward(self, inputs, mode='tensor'):
         return self.backbone(inputs)
@@ -53,22 +50,28 @@ def by_resume(model):
 PATHS = [by_init_cfg, by_load_checkpoint, by_load_from, by_resume]
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def assert_refused(model, path):
+def refusal(model, path):
+    """What is said; the model is as it was."""
     before = state(model)
-    with pytest.raises(Exception):  # noqa: B017  which one depends on the file
+    with pytest.raises(Exception) as caught:  # of what kind depends on the file
         path(model)
     assert not Path('hacked').exists()
     after = state(model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    return str(caught.value)
 
 
-def test_the_attack_works_without_the_safe_loader(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_attack_works_without_the_safe_loader():
     for kind in HOSTILE:
         Path(FILE).write_bytes(make_file(kind, {}))
         # The old format is found to be none after it ran.
@@ -81,72 +84,48 @@ def test_the_attack_works_without_the_safe_loader(tmp_path, monkeypatch):
 @restricted
 @pytest.mark.parametrize('kind', HOSTILE + BROKEN)
 @pytest.mark.parametrize('path', PATHS)
-def test_no_checkpoint(tmp_path, monkeypatch, path, kind):
-    monkeypatch.chdir(tmp_path)
+def test_no_checkpoint(path, kind):
     model = Model()
     Path(FILE).write_bytes(make_file(kind, state(model)))
-    assert_refused(model, path)
-
-
-def other_variant(name):
-    """Of the same names and other shapes."""
-    arch = ARCHS[CASES[name]['type']]
-    wider = {**arch, 'embed_dims': [2 * dims for dims in arch['embed_dims']]}
-    return make_model(name, arch=wider)
+    said = refusal(model, path)
+    if path is by_init_cfg:  # not torch's advice to switch safety off
+        assert FILE in said and '\n' not in said and 'set to' not in said
 
 
 @pytest.mark.parametrize('name', CASES)
-@pytest.mark.parametrize('path', PATHS[:1])
-def test_weights_of_another_model(tmp_path, monkeypatch, path, name):
-    monkeypatch.chdir(tmp_path)
+def test_weights_of_another_model(name):
     others = {case['type']: key for key, case in CASES.items()}
+    arch = ARCHS[CASES[name]['type']]
     del others[CASES[name]['type']]
+    wider = {**arch, 'embed_dims': [2 * dims for dims in arch['embed_dims']]}
     model = Model(name)
-    assert isinstance(model.backbone, PyramidBackbone)
-    for other in [other_variant(name), *map(make_model, others.values())]:
+    for other in [make_model(name, arch=wider), *map(make_model, others.values())]:
         torch.save(dict(state_dict=other.state_dict()), FILE)
-        assert_refused(model, path)
+        assert 'parameters match' in refusal(model, by_init_cfg)
     torch.save(dict(state_dict=model.state_dict()), FILE)
-    path(model)
+    by_init_cfg(model)
 
 
 @pytest.mark.parametrize('content', [[1], 3, torch.ones(2), {}, dict(state_dict=3)])
-@pytest.mark.parametrize('path', PATHS[:1])
-def test_no_weights(tmp_path, monkeypatch, path, content):
-    monkeypatch.chdir(tmp_path)
+def test_no_weights(content):
     torch.save(content, FILE)
-    assert_refused(Model(), path)
+    refusal(Model(), by_init_cfg)
 
 
 @restricted
-def test_resume_refuses_what_comes_beside_the_weights(tmp_path, monkeypatch):
-    """Optimizer, schedule and message hub are read from the same file."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize('key', ['optimizer', 'param_schedulers', 'message_hub', 'ema'])
+def test_resume_refuses_what_comes_beside_the_weights(key):
     model = Model()
-    for key in ('optimizer', 'param_schedulers', 'message_hub', 'meta', 'ema'):
-        torch.save({'state_dict': model.state_dict(), key: Attack()}, FILE)
-        assert_refused(model, by_resume)
+    torch.save({'state_dict': model.state_dict(), key: Attack()}, FILE)
+    refusal(model, by_resume)
 
 
 @pytest.mark.parametrize('kind', HOSTILE + BROKEN)
-def test_visualize_clusters(tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.chdir(tmp_path)
+def test_visualize_clusters(capsys, kind):
     Path(FILE).write_bytes(make_file(kind, {}))
     Image.new('RGB', (40, 30)).save('image.png')
     with pytest.raises(SystemExit) as end:
         visualize_clusters.main(['image.png', '--checkpoint', FILE, '--out', 'out'])
     assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert FILE in said and said.count('\n') == 1
+    assert FILE in capsys.readouterr().err.splitlines()[-1]
     assert sorted(os.listdir()) == ['image.png', FILE]
-
-
-@pytest.mark.parametrize('kind', HOSTILE + BROKEN)
-def test_evaluation(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
-    Path(FILE).write_bytes(make_file(kind, {}))
-    with pytest.raises(
-        ValueError, match='^cannot be read as a checkpoint: |^is empty|^holds no'
-    ):
-        load(Path(FILE))
-    assert os.listdir() == [FILE]
