@@ -1,26 +1,14 @@
-"""What the demo keeps of an interrupted training."""
+"""What the demo keeps of an interrupted training, and what it prints of one."""
 
-import importlib.util
 import os
-from pathlib import Path
 
+import demo
 import pytest
 
-TOOL = Path(__file__).parents[1] / 'tools/demo.py'
 
-
-@pytest.fixture(scope='module')
-def demo():
-    spec = importlib.util.spec_from_file_location('demo', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_last_checkpoint_of_an_interrupted_training(demo, tmp_path):
-    source = tmp_path / 'config.py'
+def test_the_last_checkpoint_of_an_interrupted_training(tmp_path):
+    source, train = tmp_path / 'config.py', tmp_path / 'train'
     source.touch()
-    train = tmp_path / 'train'
     assert demo.find_last(train, source) is None
     train.mkdir()
     first, second = train / 'iter_100.pth', train / 'iter_200.pth'
@@ -37,7 +25,34 @@ def test_the_last_checkpoint_of_an_interrupted_training(demo, tmp_path):
     assert demo.find_last(train, source) is None
     record.write_text(str(second))
     assert demo.find_last(train, source) == second
-    source.write_text('changed')
-    stat = record.stat()
-    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    time = record.stat().st_mtime_ns + 1
+    os.utime(source, ns=(time, time))
     assert demo.find_last(train, source) is None
+
+
+@pytest.mark.parametrize('works', [True, False])
+def test_progress_is_short_and_the_log_is_whole(tmp_path, monkeypatch, capsys, works):
+    lines = [
+        'loading',
+        'Iter(train) [ 20/500]  lr: 1e-3  eta: 0:05:00  time: 0.4  loss: 2.5',
+    ]
+    lines += [
+        f'Iter(train) [{n}/500]  eta: 1 day, 0:04:00  time: 0.4  loss: 0.75'
+        for n in (100, 120)
+    ]
+    (tmp_path / 'mim').mkdir()
+    script = f'print({chr(10).join(lines)!r})\n' + ('' if works else 'exit("no data")')
+    (tmp_path / 'mim/__init__.py').touch()
+    (tmp_path / 'mim/__main__.py').write_text(script)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    if works:
+        demo.mim('train', tmp_path / 'train')
+    else:
+        with pytest.raises(SystemExit, match=r'mim train failed, see .*log: no data$'):
+            demo.mim('train', tmp_path / 'train')
+    command, *progress = capsys.readouterr().out.splitlines()
+    assert command.startswith('$ mim train mmseg configs/mmseg/fpn_clustr-t_toy')
+    assert command.endswith(f'> {tmp_path}/train.log')
+    assert progress == ['iteration 100 of 500  loss 0.750  1 day, 0:04:00 left']
+    printed = (tmp_path / 'train.log').read_text().splitlines()
+    assert printed == lines + ([] if works else ['no data'])

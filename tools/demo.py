@@ -40,10 +40,8 @@ PROGRESS = re.compile(r'Iter\(train\) \[ *(\d+)/(\d+)\].* eta: (.+?)  .* loss: (
 
 def is_fresh(target: Path, *sources: Path) -> bool:
     """Whether ``target`` exists and is as new as all that it is made from."""
-    if not target.is_file():
-        return False
     newest = max(source.stat().st_mtime_ns for source in sources)
-    return target.stat().st_mtime_ns >= newest
+    return target.is_file() and target.stat().st_mtime_ns >= newest
 
 
 def show_progress(line: str) -> None:
@@ -90,8 +88,8 @@ def find_last(folder: Path, *sources: Path) -> Path | None:
 
 def find_metrics(folder: Path) -> Path:
     """The newest file of metrics that ``mim test`` wrote into its work dir."""
-    files = sorted(folder.glob('*/*.json'), key=lambda file: file.stat().st_mtime_ns)
-    return files[-1] if files else folder / 'metrics.json'
+    # The folders between have the time as their name.
+    return max(folder.glob('*/*.json'), default=folder / 'metrics.json')
 
 
 def evaluate(checkpoint: Path, folder: Path, *sources: Path) -> float:

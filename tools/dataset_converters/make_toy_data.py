@@ -19,9 +19,8 @@ __all__ = ['ADE_CLASSES', 'TASKS', 'make_toy_data']
 RECORD = 'toy_data.json'
 # Raise it when the drawings change: a set of an older version is drawn anew.
 VERSION = 2
-#: Drawn things that COCO knows: name in ADE20K -> category.
-COCO_NAMES = {'person': 'person', 'car': 'car', 'boat': 'boat', 'ball': 'sports ball'}
-DETECTIONS = 'COCO_val2017_detections_AP_H_56_person.json'
+#: Drawn things that COCO knows: name in ADE20K -> number of the category.
+COCO_CLASSES = {'person': 1, 'car': 3, 'boat': 9, 'ball': 37}
 # Pairs of the body's keypoints, counted from 1 as in COCO's annotation files.
 SKELETON = [
     *[(16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7)],
@@ -44,7 +43,7 @@ def save(image: np.ndarray, path: Path) -> None:
 
 def dump(content: Any, path: Path) -> None:
     """Write a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content))
 
 
@@ -114,28 +113,35 @@ def describe_person(
     return result
 
 
-def describe_mask(mask: np.ndarray) -> dict[str, Any]:
-    """What COCO tells of every thing, from the pixels that show it, (size, size)."""
+def annotate(scene: Scene) -> list[dict[str, Any]]:
+    """Annotate what COCO knows and what fills a hundredth of the image or more."""
     from pycocotools import mask as tools
 
-    runs = tools.encode(np.asfortranarray(mask))
-    return {
-        'bbox': tools.toBbox(runs).tolist(),
-        'area': int(mask.sum()),
-        'segmentation': {'size': runs['size'], 'counts': runs['counts'].decode()},
-        'iscrowd': 0,
-    }
+    found = []
+    for number, (name, keypoints) in enumerate(scene.things, 1):
+        mask = scene.instances == number
+        if name not in COCO_CLASSES or mask.mean() < 0.01:
+            continue
+        runs = tools.encode(np.asfortranarray(mask))
+        annotation = {
+            'category_id': COCO_CLASSES[name],
+            'bbox': tools.toBbox(runs).tolist(),
+            'area': int(mask.sum()),
+            'segmentation': {'size': runs['size'], 'counts': runs['counts'].decode()},
+            'iscrowd': 0,
+        }
+        if keypoints is not None:
+            annotation |= describe_person(keypoints, scene.instances, number)
+        found.append(annotation)
+    return found
 
 
-def list_seen(scene: Scene) -> list[int]:
-    """Numbers of the things that COCO knows and that fill a hundredth of the image."""
-    names = [COCO_NAMES.get(name) for name, _ in scene.things]
-    shares = [np.mean(scene.instances == n) for n in range(1, len(names) + 1)]
-    return [
-        n
-        for n, (name, share) in enumerate(zip(names, shares), 1)
-        if name and share >= 0.01
-    ]
+def detect(person: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """A detection of a person, off by up to a twentieth of its box."""
+    box = np.array(person['bbox'])
+    box += rng.uniform(-0.05, 0.05, 4) * np.tile(box[2:], 2)
+    found = {key: person[key] for key in ('image_id', 'category_id')}
+    return {**found, 'bbox': box.tolist(), 'score': rng.uniform(0.51, 0.99)}
 
 
 def write_coco(root: Path, counts: dict[str, int], size: int, seed: int) -> None:
@@ -144,51 +150,32 @@ def write_coco(root: Path, counts: dict[str, int], size: int, seed: int) -> None
 
     names = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories']
     body = detection.KeypointRCNN_ResNet50_FPN_Weights.COCO_V1.meta['keypoint_names']
-    categories = [
-        {'id': n, 'name': name} for n, name in enumerate(names) if n and name != 'N/A'
-    ]
-    person = {**categories[0], 'keypoints': body, 'skeleton': SKELETON}
-    detections = []
+    kinds = [{'id': n, 'name': k} for n, k in enumerate(names) if n and k != 'N/A']
+    person = {**kinds[0], 'keypoints': body, 'skeleton': SKELETON}
+    keys = ('id', 'image_id', 'category_id', 'bbox', 'area', 'segmentation', 'iscrowd')
     for place, (split, count) in enumerate(counts.items()):
-        images, instances, persons = [], [], []
+        images, things = [], []
         for index in range(1, count + 1):
-            rng, keypoints = np.random.default_rng([seed, place, index]), []
-            while not any(keypoints):  # each image has a person
+            rng, found = np.random.default_rng([seed, place, index]), []
+            while not any('keypoints' in one for one in found):  # there is a person
                 scene = draw_scene(rng, size)
-                seen = list_seen(scene)
-                keypoints = [scene.things[n - 1][1] for n in seen]
-            file = f'{index:012d}.jpg'
-            save(scene.image, root / f'{split}2017' / file)
-            images.append(
-                {'id': index, 'file_name': file, 'height': size, 'width': size}
-            )
-            for number, points in zip(seen, keypoints):
-                instance = {
-                    'id': len(instances) + 1,
-                    'image_id': index,
-                    'category_id': names.index(COCO_NAMES[scene.things[number - 1][0]]),
-                    **describe_mask(scene.instances == number),
-                }
-                instances.append(instance)
-                if points is None:
-                    continue
-                persons.append(
-                    instance | describe_person(points, scene.instances, number)
-                )
-                if split == 'val':
-                    shift = rng.uniform(-0.05, 0.05, 4) * (instance['bbox'][2:] * 2)
-                    found = {key: instance[key] for key in ('image_id', 'category_id')}
-                    found['bbox'] = (shift + instance['bbox']).round(2).tolist()
-                    found['score'] = round(rng.uniform(0.51, 0.99), 4)
-                    detections.append(found)
+                found = annotate(scene)
+            name = f'{index:012d}.jpg'
+            save(scene.image, root / f'{split}2017' / name)
+            images.append(dict(id=index, file_name=name, height=size, width=size))
+            for one in found:
+                things.append({'id': len(things) + 1, 'image_id': index, **one})
         common = {'info': {}, 'licenses': [], 'images': images}
-        for file, entries, kinds in (
-            (f'instances_{split}2017', instances, categories),
-            (f'coco_wholebody_{split}_v1.0', persons, [person]),
-        ):
-            content = {**common, 'annotations': entries, 'categories': kinds}
-            dump(content, root / f'annotations/{file}.json')
-    dump(detections, root / 'person_detection_results' / DETECTIONS)
+        instances = [{key: one[key] for key in keys} for one in things]
+        content = {**common, 'annotations': instances, 'categories': kinds}
+        dump(content, root / f'annotations/instances_{split}2017.json')
+        persons = [one for one in things if 'keypoints' in one]
+        content = {**common, 'annotations': persons, 'categories': [person]}
+        dump(content, root / f'annotations/coco_wholebody_{split}_v1.0.json')
+    rng = np.random.default_rng([seed, len(counts)])
+    detections = [detect(one, rng) for one in persons]  # of the last split
+    name = 'COCO_val2017_detections_AP_H_56_person.json'
+    dump(detections, root / 'person_detection_results' / name)
 
 
 #: Whose layout -> folder of the data set, what fills it.
@@ -198,6 +185,7 @@ WRITERS = {
     'imagenet': ('imagenet', write_imagenet),
 }
 TASKS = tuple(WRITERS)
+#: The least and the most.
 LIMITS = dict(
     num_train=(1, 99_999), num_val=(1, 99_999), size=(64, 2048), seed=(0, 2**32 - 1)
 )
@@ -214,22 +202,21 @@ def make_toy_data(
     """Write a toy data set, or reuse it if it is there already.
 
     It appears all at once. An interrupted run leaves nothing, a killed one a hidden
-    folder beside it. The same parameters give the same pixels.
+    folder beside it. The same arguments give the same pixels.
 
     Args:
         task (str): Whose layout and format, one of ``TASKS``.
-        out (str or PathLike): Folder that gets the data set's own folder:
-            ``ADEChallengeData2016``, ``coco`` or ``imagenet``.
-        num_train (int): Number of training images, 1 to 99,999.
-        num_val (int): Number of validation images, 1 to 99,999.
-        size (int): Height and width of the images, 64 to 2,048 pixels.
-        seed (int): 0 to 2**32 - 1.
+        out (str or PathLike): Folder that gets the data set's own folder.
+        num_train (int): Number of training images.
+        num_val (int): Number of validation images.
+        size (int): Height and width of the images in pixels.
+        seed (int): Another seed, other data.
 
     Returns:
         tuple[Path, bool]: The data set's folder, and whether it was drawn now.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its ``LIMITS``.
         FileExistsError: If there is a data set that this function did not write.
     """
     if task not in WRITERS:

@@ -270,7 +270,9 @@ def draw_ball(scene: Scene) -> None:
     scene.paint(ball, colour * shade.clip(0.5, 1.2)[..., None], 'ball')
 
 
-def _arc(x: float, y: float, rx: float, ry: float, count: int, part: float = 1):
+def _arc(
+    x: float, y: float, rx: float, ry: float, count: int, part: float = 1
+) -> np.ndarray:
     """Points of an ellipse from its left end on, (count, 2), over the top if ry > 0."""
     angle = np.linspace(0, 2 * np.pi * part, count, endpoint=part < 1)
     return np.stack((x - rx * np.cos(angle), y + ry * np.sin(angle)), 1)
@@ -288,12 +290,8 @@ _FACE = np.concatenate([
 ])  # fmt: skip
 # The root of a hand, then four points of each finger from the thumb on: along the
 # forearm and across it, towards the thumb.
-_TIPS = np.array(
-    [(0.05, 0.04), (0.09, 0.025), (0.1, 0.0), (0.09, -0.02), (0.07, -0.035)]
-)
-_HAND = np.concatenate(
-    [[(0, 0)], *(np.outer((0.4, 0.6, 0.8, 1), tip) for tip in _TIPS)]
-)
+_TIPS = [(0.05, 0.04), (0.09, 0.025), (0.1, 0), (0.09, -0.02), (0.07, -0.035)]
+_HAND = np.concatenate([[(0, 0)], *(np.outer((0.4, 0.6, 0.8, 1), t) for t in _TIPS)])
 
 
 def pose(arms: np.ndarray) -> dict[str, np.ndarray]:
@@ -343,11 +341,13 @@ def draw_person(scene: Scene) -> dict[str, np.ndarray]:
     trousers = scene.colour((0.5, 0.75), (0.2, 0.6), (0.3, 0.4))
     trousers = grained(trousers, scene.noise(0.05, 0.01), 0.1)
 
-    def limb(start: np.ndarray, end: np.ndarray, width: float, colour: np.ndarray):
+    def limb(
+        start: np.ndarray, end: np.ndarray, width: float, colour: np.ndarray
+    ) -> None:
         scene.paint(scene.limb(start, end, width), colour, 'person')
 
-    for toes, heel in points['foot_kpts'].reshape(2, 3, 2)[:, 1:]:
-        limb(toes, heel * (0.7, 0.8), 0.06, hsv(0, 0, 0.2))
+    for _, toe, heel in points['foot_kpts'].reshape(2, 3, 2):
+        limb(toe, heel * (0.7, 0.8), 0.06, hsv(0, 0, 0.2))
     for side in (0, 1):
         shoulder, elbow, wrist, hip, knee, ankle = body[5 + side :: 2]
         limb(hip, knee, 0.15, trousers)
@@ -400,12 +400,10 @@ def draw_scene(rng: np.random.Generator, size: int, only: str | None = None) -> 
     things = [*rng.permutation(['tree', 'car', 'person', 'ball'])[:2]]
     if only is not None:
         ground, things = ('sea' if only == 'boat' else 'land'), [only]
-    elif ground == 'land':
-        things.append('building')
     elif ground == 'sea':
         things = ['boat', 'boat']
     else:
-        things.append('boat')
+        things.append('building' if ground == 'land' else 'boat')
     if ground != 'land':
         draw_sea(scene, scene.y < horizon, horizon)
     if ground == 'both':
