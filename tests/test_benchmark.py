@@ -31,90 +31,80 @@ def randn(*shape, seed=0, **kwargs):
     return torch.randn(*shape, generator=generator, **kwargs)
 
 
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected):
-        assert a.dtype == torch.int64
-        assert torch.equal(a, b)
+@pytest.mark.parametrize('k', [3, 5, 200])
+@pytest.mark.parametrize('seed', range(3))
+def test_textbook_is_dpc_knn(seed, k):
+    """On a line of integers with many ties, and for scattered tokens."""
+    ties = torch.zeros(2, 60, 16)
+    ties[..., 3] = (3 * randn(2, 60, seed=seed)).round()
+    scattered = randn(2, 150, 24, seed=seed, dtype=torch.float64).float().double()
+    for tokens in (ties, scattered):
+        found = textbook_dpc_knn(tokens, COUNTS, k)
+        for a, b in zip(found, dpc_knn(tokens, COUNTS, k), strict=True):
+            assert torch.equal(a, b)
 
 
-class TestTextbook:
-    @pytest.mark.parametrize('k', [1, 4, 5])
-    @pytest.mark.parametrize('seed', range(3))
-    def test_integers_on_a_line_with_many_ties(self, seed, k):
-        tokens = torch.zeros(2, 60, 16)
-        tokens[..., 3] = (3 * randn(2, 60, seed=seed)).round()
-        assert_same(textbook_dpc_knn(tokens, COUNTS, k), dpc_knn(tokens, COUNTS, k))
+@pytest.mark.parametrize(
+    ('name', 'parameters'),
+    [
+        ('clustr-t-textbook', 11_169_417),
+        ('clustr-s-linear', 22_177_941),
+        ('pvtv2-b2', 24_849_856),
+        ('swin-t', 27_520_698),
+        ('resnet-50', 23_508_032),
+        ('convnext-t', 27_821_472),
+    ],
+)
+def test_presets(name, parameters):
+    model = find_backbone(name).build()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    model.eval()
+    with torch.no_grad():
+        outs = model(torch.rand(1, 3, 64, 64))
+    assert [out.shape[-1] for out in outs] == [16, 8, 4, 2]
 
-    @pytest.mark.parametrize('k', [3, 5, 200])
-    def test_scattered_tokens(self, k):
-        tokens = randn(2, 150, 24, dtype=torch.float64).float().double()
-        assert_same(textbook_dpc_knn(tokens, COUNTS, k), dpc_knn(tokens, COUNTS, k))
 
-    def test_half_precision_is_computed_in_float32(self):
-        tokens = randn(1, 40, 16).bfloat16()
-        with torch.autocast('cpu', torch.bfloat16):
-            found = textbook_dpc_knn(tokens, COUNTS)
-        assert_same(found, textbook_dpc_knn(tokens.float(), COUNTS))
+def test_suffixes():
+    model = find_backbone('clustr-b-w112-textbook').build()
+    clusterer = model.stages[0].blocks[0].attn.clusterer
+    assert type(clusterer) is TextbookDPCKNN and clusterer.window == 112
+    linear = find_backbone('clustr-s-linear').cfg
+    assert linear['clusterer'] == dict(type='KMeans')
+    assert linear['max_clusters'] == 49
+    assert find_backbone('clustr-t').cfg == dict(type='ClusTR', arch='t')
 
 
-class TestBackbones:
-    @pytest.mark.parametrize(
-        ('name', 'parameters'),
-        [
-            ('clustr-t-textbook', 11_169_417),
-            ('clustr-s-linear', 22_177_941),
-            ('pvtv2-b2', 24_849_856),
-            ('swin-t', 27_520_698),
-            ('resnet-50', 23_508_032),
-            ('convnext-t', 27_821_472),
-        ],
+@pytest.mark.parametrize('name', ['clustr-x', 'clustr-s-w0', 'clustr-s-w', 'x.py'])
+def test_unknown_names_list_the_presets(name):
+    with pytest.raises(ValueError, match=f'{name!r}.*clustr-s-w224.*pvtv2-b2'):
+        find_backbone(name)
+
+
+def test_config_of_a_toolbox():
+    path = ROOT / 'configs/mmseg/fpn_clustr-t_4xb4-80k_ade20k-512x512.py'
+    backbone = find_backbone(str(path))
+    assert (backbone.name, backbone.scope) == (path.stem, 'mmseg')
+    assert 'clustr_mm' in backbone.imports
+    assert sum(p.numel() for p in backbone.build().parameters()) == 11_169_417
+
+
+def test_nothing_asks_for_weights(tmp_path):
+    path = tmp_path / 'peer.py'
+    path.write_text(
+        "default_scope = 'mmdet'\n"
+        "model = dict(type='ResNet', depth=18, pretrained='https://none.invalid/a',"
+        "init_cfg=dict(type='Pretrained', checkpoint='https://none.invalid/b'))"
     )
-    def test_presets(self, name, parameters):
-        model = find_backbone(name).build()
-        assert sum(p.numel() for p in model.parameters()) == parameters
-        model.eval()
-        with torch.no_grad():
-            outs = model(torch.rand(1, 3, 64, 64))
-        assert [out.shape[-1] for out in outs] == [16, 8, 4, 2]
+    model = find_backbone(str(path)).build()
+    assert 'none.invalid' not in str(model.init_cfg)
 
-    def test_suffixes(self):
-        model = find_backbone('clustr-b-w112-textbook').build()
-        clusterer = model.stages[0].blocks[0].attn.clusterer
-        assert type(clusterer) is TextbookDPCKNN and clusterer.window == 112
-        linear = find_backbone('clustr-s-linear').cfg
-        assert linear['clusterer'] == dict(type='KMeans')
-        assert linear['max_clusters'] == 49
-        assert find_backbone('clustr-t').cfg == dict(type='ClusTR', arch='t')
 
-    @pytest.mark.parametrize('name', ['clustr-x', 'clustr-s-w0', 'clustr-s-w', 'x.py'])
-    def test_unknown_names_list_the_presets(self, name):
-        with pytest.raises(ValueError, match=f'{name!r}.*clustr-s-w224.*pvtv2-b2'):
-            find_backbone(name)
-
-    def test_config_of_a_toolbox(self):
-        path = ROOT / 'configs/mmseg/fpn_clustr-t_4xb4-80k_ade20k-512x512.py'
-        backbone = find_backbone(str(path))
-        assert (backbone.name, backbone.scope) == (path.stem, 'mmseg')
-        assert 'clustr_mm' in backbone.imports
-        assert sum(p.numel() for p in backbone.build().parameters()) == 11_169_417
-
-    def test_nothing_asks_for_weights(self, tmp_path):
-        path = tmp_path / 'peer.py'
-        path.write_text(
-            "default_scope = 'mmdet'\n"
-            "model = dict(type='ResNet', depth=18, pretrained='https://none.invalid/a',"
-            "init_cfg=dict(type='Pretrained', checkpoint='https://none.invalid/b'))"
-        )
-        model = find_backbone(str(path)).build()
-        assert 'none.invalid' not in str(model.init_cfg)
-
-    @pytest.mark.parametrize('text', ['a = 1', 'model = dict(backbone=dict())', 'a ='])
-    def test_files_without_a_backbone(self, tmp_path, text):
-        path = tmp_path / 'bad.py'
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r'bad\.py'):
-            find_backbone(str(path))
+@pytest.mark.parametrize('text', ['a = 1', 'model = dict(backbone=dict())', 'a ='])
+def test_files_without_a_backbone(tmp_path, text):
+    path = tmp_path / 'bad.py'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r'bad\.py'):
+        find_backbone(str(path))
 
 
 @MODELS.register_module()
@@ -273,17 +263,6 @@ def test_interruption_keeps_what_is_there(run, monkeypatch, tmp_path):
     status, rows, _ = run('--backbones', plain, '--sizes', '32', '96', '64')
     assert status == 130
     assert [row['input'] for row in rows.values()] == ['32x32']
-
-
-def test_modes_and_sizes_are_asked_for(tmp_path):
-    argv = '--backbones clustr-t --sizes 64 --mode both --amp bf16 --operator 4x784x128'
-    args = benchmark.parse_args([*argv.split(), '--out', str(tmp_path)])
-    rows = [case.row for cases in benchmark.plan(args) for case in cases]
-    assert [(row['input'], row['mode'], row['batch']) for row in rows] == [
-        *[('4x784x128', 'forward', 4)] * 2,
-        ('64x64', 'forward', 1),
-        ('64x64', 'train', 1),
-    ]
 
 
 @pytest.mark.parametrize(

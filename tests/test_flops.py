@@ -163,14 +163,9 @@ def test_whole_models(config, parts):
     ('text', 'message'),
     [
         ('model = (', 'cannot read the config'),
-        ('raise KeyError(3)', 'cannot read the config'),
         ('model = 3', 'has no model'),
         ('model = dict(backbone=3)', 'has no model'),
         ('model = dict(type="None")', 'cannot build '),
-        (
-            'default_scope = "gone"\nmodel = dict(type="ResNet")',
-            'cannot build ',
-        ),
     ],
 )
 def test_configs_that_are_none(tmp_path, text, message):

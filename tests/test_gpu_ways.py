@@ -212,25 +212,3 @@ def test_kernels_of_kmeans():
 def test_kernels_of_a_step():
     """There is one at each of the two scales."""
     assert 0 < (kernels_of_kmeans(3) - kernels_of_kmeans(2)) / 2 <= 15
-
-
-@pytest.mark.parametrize(
-    'what',
-    [
-        lambda x: x.sum().item(),
-        lambda x: bool(x.any()),
-        lambda x: x.tolist(),
-        lambda x: x.nonzero(),
-        lambda x: x[x > 0],
-        lambda x: x.masked_select(x > 0),
-        lambda x: x.index_put_((x > 0,), x),
-        lambda x: x.cpu(),
-        lambda x: x + torch.arange(3, device='cpu').cuda(),
-        lambda x: x + torch.tensor([1.0, 2.0, 3.0], device='cuda'),
-        lambda x: torch.zeros(3),
-    ],
-)
-def test_watch(what):
-    x = rand(3)
-    with pytest.raises(AssertionError), Watch():
-        what(x)

@@ -1,0 +1,3 @@
+_base_ = './fpn_dpcknn_cue-96x96.py'
+
+model = dict(backbone=dict(clusterer=dict(window=48)))

@@ -1,0 +1,364 @@
+"""The cue task, its configs, and the driver that runs lists of them."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import evidence
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import MODELS, init_default_scope
+
+from clustr_mm.evidence import ClassIoUMetric, CueTask, RandomGroups, SortedTokens
+from clustr_mm.evidence.cue_task import COLOURS, NOISE
+
+ROOT = Path(__file__).resolve().parents[1]
+LISTS = evidence.make_lists()
+TINY = [
+    *('train_cfg.max_iters=2', 'train_cfg.val_interval=1'),
+    *('train_dataloader.batch_size=2', 'val_dataloader.dataset.num_pictures=2'),
+    *('default_hooks.checkpoint.interval=1', 'default_hooks.logger.interval=1'),
+]
+
+
+def find_cue(image, size):
+    """Row and column of the only square with a rim of pure white."""
+    rim = max(1, size // 7)
+    frame = np.ones((size, size), bool)
+    frame[rim:-rim, rim:-rim] = False
+    white = (image == 255).all(axis=2)
+    windows = np.lib.stride_tricks.sliding_window_view(white, (size, size))
+    ((y, x),) = np.argwhere((windows == frame).all(axis=(2, 3)))
+    return int(y), int(x), rim
+
+
+def is_colour(image, colour):
+    return (np.abs(image.astype(int) - colour) <= NOISE).all(axis=-1)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(size=64),
+        dict(size=131, cue_size=3, num_colours=6, num_shapes=9, num_targets=1),
+        dict(cue_size=5, num_colours=2, shape_sizes=(5, 9), num_targets=6),
+    ],
+)
+def test_labels_are_what_the_pictures_say(split, settings):
+    """The labels follow from the cue and the colours, found anew in the picture."""
+    data = CueTask(split, 12, pipeline=[], **settings)
+    for index in range(len(data)):
+        image, labels = data.draw(index)
+        y, x, rim = find_cue(image, data.cue_size)
+        end = data.cue_size - rim
+        cue = np.s_[y : y + data.cue_size, x : x + data.cue_size]
+        patch = image[cue][rim:end, rim:end]
+        (colour,) = (c for c in COLOURS if is_colour(patch, c).all())
+        assert (labels[cue] == 0).all()
+
+        strong = np.stack([is_colour(image, c) for c in COLOURS]).any(axis=0)
+        strong[cue] = False
+        expected = np.where(is_colour(image, colour), 1, 2) * strong
+        assert (labels == expected).all()
+        assert (labels == 1).any() == (data.num_targets > 0)
+        assert (labels == 2).any() == (data.num_targets < data.num_shapes)
+
+
+def test_pictures_depend_on_split_seed_and_index_alone():
+    sets = [
+        CueTask(s, 40, seed, pipeline=[]) for s in ('train', 'val') for seed in (0, 1)
+    ]
+    pictures = [data.draw(index)[0].tobytes() for data in sets for index in range(40)]
+    assert len(set(pictures)) == 160
+    again = CueTask('train', 9, pipeline=[])
+    assert [again.draw(index)[0].tobytes() for index in range(9)] == pictures[:9]
+    # Blue comes first, as in a file that MMSegmentation loads.
+    assert (again[3]['img'][..., ::-1] == again.draw(3)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(split='test'), "split must be one of .* got 'test'"),
+        (dict(cue_size=2), 'cue_size must be from 3 to 96, got 2'),
+        (dict(size=301), 'size must be from 1 to 300, got 301'),
+        (dict(num_colours=7), 'num_colours must be from 2 to 6, got 7'),
+        (dict(num_targets=7), 'num_targets must be from 0 to 6, got 7'),
+        (dict(shape_sizes=(9, 8)), r'shape_sizes must rise up to 96, got \(9, 8\)'),
+        (dict(num_shapes=60), 'no room for a cue of 14 pixels'),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CueTask(**{'split': 'val', 'num_pictures': 1, **settings}, pipeline=[]).draw(0)
+
+
+def test_metric_of_single_classes():
+    metric = ClassIoUMetric()
+    metric.dataset_meta = CueTask.METAINFO
+    truth = torch.tensor([[0, 0, 1, 1]])
+    found = torch.tensor([[0, 1, 1, 1]])
+    sample = dict(pred_sem_seg=dict(data=found), gt_sem_seg=dict(data=truth))
+    metric.process({}, [sample])
+    ious = metric.evaluate(1)
+    assert [ious[f'IoU.{name}'] for name in CueTask.METAINFO['classes']] == [
+        50,
+        66.67,
+        0,
+    ]
+
+
+def load(variant):
+    """Config and model of a variant."""
+    config = Config.fromfile(evidence.Run(variant, 0).config)
+    for name in config.custom_imports.imports:
+        __import__(name)
+    init_default_scope(config.default_scope)
+    torch.manual_seed(0)
+    return config, MODELS.build(config.model)
+
+
+def size_of(model):
+    return sum(parameter.numel() for parameter in model.backbone.parameters())
+
+
+@pytest.mark.parametrize('variant', dict.fromkeys(evidence.MAIN + evidence.BACKBONES))
+def test_variants_train(variant):
+    """One step makes the loss of its batch smaller."""
+    config, model = load(variant)
+    if variant in evidence.MAIN:
+        same = set(evidence.MAIN) - {'all', 'strided'}
+        assert (size_of(model) == size_of(load('dpcknn')[1])) == (variant in same)
+    else:
+        assert 0.8 < size_of(model) / size_of(load('dpcknn')[1]) < 1.2
+    data = CueTask('train', 4, pipeline=config.pipeline)
+    batch = model.data_preprocessor(pseudo_collate([data[i] for i in range(4)]), True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(**batch, mode='loss')['decode.loss_ce']
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def reach(backbone, **arguments):
+    """Whether a far corner of the picture has an effect on the first map's."""
+    torch.manual_seed(0)
+    model = MODELS.build({**backbone, 'out_indices': (0,), **arguments}).eval()
+    image = torch.rand(1, 3, 96, 96, requires_grad=True)
+    model(image)[0][0, 0, 0, 0].backward()
+    return bool(image.grad[0, :, 64:, 64:].abs().max() > 0)
+
+
+@pytest.mark.parametrize('variant', evidence.MAIN)
+def test_only_without_attention_far_tokens_are_unseen(variant):
+    # The pieces of a map that windows cut are merged for all the map.
+    assert reach(load(variant)[0].model.backbone) == (variant != 'none')
+
+
+def test_sorted_tokens_and_random_groups():
+    tokens = torch.rand(2, 30, 8)
+    likeness = torch.cosine_similarity(tokens, tokens.mean(1, keepdim=True), dim=2)
+    for clusterer in (SortedTokens(), RandomGroups()):
+        labels, counts, _ = clusterer(tokens, (5, 6), (4, 16))
+        assert counts == (4, 16)
+        for label, count in zip(labels, counts):
+            sizes = torch.stack([row.bincount(minlength=count) for row in label])
+            assert {30 // count, -(-30 // count)} == set(sizes.flatten().tolist())
+        rising = labels[1].gather(1, likeness.argsort(dim=1)).diff() >= 0
+        assert rising.all() == isinstance(clusterer, SortedTokens)
+
+
+def test_control_arguments():
+    backbone = load('none')[0].model.backbone
+    for name, value in dict(keys='none', scale=2).items():
+        with pytest.raises(ValueError, match=f'{name} must be .* got {value!r}'):
+            MODELS.build({**backbone, name: value})
+    whole, coarse, fine, plain = (
+        MODELS.build({**backbone, 'keys': 'clusters', **settings})
+        for settings in ({}, dict(scale=0), dict(scale=1), dict(learned_weights=False))
+    )
+    x = torch.rand(2, 36, 32)
+    attentions = [m.stages[0].blocks[0].attn for m in (whole, coarse, fine)]
+    assert [a.cluster_counts(576) for a in attentions] == [(9, 36), (9,), (36,)]
+    trainable = [n for n, p in plain.named_parameters() if not p.requires_grad]
+    assert len(trainable) == 8 and all('.importance.' in name for name in trainable)
+    # All weigh the same: each token alone stays what it is.
+    merge = plain.stages[0].blocks[0].attn.merge
+    own = torch.arange(36).expand(2, -1) // 4
+    (means,) = merge(
+        x, type(plain.stages[0].blocks[0].attn.cluster(x, (6, 6)))((own,), (9,))
+    )
+    assert torch.allclose(means, x.unflatten(1, (9, 4)).mean(2), atol=1e-5)
+
+
+def test_lists():
+    """Every run has a config, a folder of its own, and options that take effect."""
+    assert len(LISTS['main']) == 5 * len(LISTS['quick']) == 55
+    runs = [run for runs in LISTS.values() for run in runs if run.seed == 0]
+    assert len({run.name for run in runs}) == len(set(map(str, runs)))
+    base = evidence.count(evidence.Run('dpcknn', 0), {})
+    for run in runs:
+        config = Config.fromfile(run.config)
+        before = str(config._cfg_dict)
+        config.merge_from_dict(dict(run.options))
+        assert (str(config._cfg_dict) == before) == (not run.options)
+    large = next(run for run in runs if run.name == 'dpcknn_size-256_seed0')
+    assert evidence.count(large, {})['multiply_adds'] > 7 * base['multiply_adds']
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A list of two runs of which the second cannot be."""
+    runs = [
+        evidence.Run('grid', 3),
+        evidence.Run('grid', 3, 'wide', evidence.picture(cue_size=500)),
+    ]
+    monkeypatch.setattr(evidence, 'make_lists', lambda: {'short': runs})
+
+
+def test_runs_are_trained_tested_and_skipped(short, tmp_path, capsys):
+    """Two iterations by stock mim, one run that fails, a second call, a test."""
+    work, out = tmp_path / 'work', tmp_path / 'evidence'
+    places = ['short', '--work-dir', str(work), '--out', str(out)]
+    with pytest.raises(SystemExit, match='1 runs failed'):
+        evidence.main([*places, '--jobs', '1', '--cfg-options', *TINY])
+    assert 'short: 2 runs, 0 finished before' in capsys.readouterr().out
+    good, bad = json.loads((out / 'short.json').read_text())
+    assert (good['status'], good['seed'], good['point']) == ('finished', 3, '')
+    assert list(good['target_iou']) == ['1', '2']
+    assert (
+        good['seconds_per_iteration'] > 0
+        and good['options']['train_cfg.max_iters'] == 2
+    )
+    assert (
+        good['commit']
+        and good['machine']
+        and good['versions']['torch'] == version('torch')
+    )
+    assert bad['status'] == 'failed' and 'cue_size must be' in bad['error']
+
+    # Only the failed one is tried again.
+    logs = [work / run.name / 'log.txt' for run in evidence.make_lists()['short']]
+    sizes = [log.stat().st_size for log in logs]
+    with pytest.raises(SystemExit, match='1 runs failed'):
+        evidence.main([*places, '--cfg-options', *TINY])
+    assert '2 runs, 1 finished before' in capsys.readouterr().out
+    after = [log.stat().st_size for log in logs]
+    assert after[0] == sizes[0] and after[1] > sizes[1]
+
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                '-m',
+                'mim',
+                'test',
+                'mmseg',
+                evidence.Run('grid', 3).config,
+            ),
+            *(
+                '--checkpoint',
+                work / 'grid_seed3/iter_2.pth',
+                '--work-dir',
+                tmp_path / 'test',
+            ),
+            *('--cfg-options', 'test_dataloader.dataset.num_pictures=2'),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (metrics,) = (tmp_path / 'test').glob('*/*.json')
+    assert json.loads(metrics.read_text())['IoU.target'] == good['target_iou']['2']
+
+
+def record(variant, seed, ious, **more):
+    return (
+        dict(
+            variant=variant,
+            point='',
+            seed=seed,
+            status='finished',
+            target_iou=dict(zip(('250', '500', '1500'), ious)),
+            seconds_per_iteration=0.1,
+            parameters=2_000_000,
+            multiply_adds=120_000_000,
+        )
+        | more
+    )
+
+
+def test_tables_are_what_the_json_says(tmp_path, capsys):
+    out, page = tmp_path / 'evidence', tmp_path / 'evidence.md'
+    records = [
+        record('grid', 0, [10, 20, 85], seconds_per_iteration=0.3),
+        record('grid', 1, [30, 80, 95]),
+        record('grid', 2, [99, 99], status='diverged'),
+        record('none', 0, [0, 0, 1]),
+        record('all', 0, [], status='failed', error='no room'),
+    ]
+    evidence.write_json(out / 'main.json', records)
+    page.write_text('# A\n<!-- main -->\nold\n<!-- end of main -->\nB\n')
+    arguments = ['main', '--out', str(out), '--table', '--figure']
+    evidence.main(arguments)
+    evidence.main(arguments)
+    text = page.read_text()
+    assert text.startswith('# A\n<!-- main -->\n') and text.endswith('main -->\nB\n')
+    assert 'old' not in text and text.count('multiply-adds') == 1
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in text.splitlines()
+        if line.startswith('|')
+    ]
+    grid, none, every = (dict(zip(header, row)) for row in rows)
+    assert grid == {
+        'network': 'grid',
+        'IoU at 250': '20.0 ± 14.1',
+        'IoU at 500': '50.0 ± 42.4',
+        'final IoU': '90.0 ± 7.1',
+        'iterations to 80': '1000 ± 707',
+        'learnt': '2 of 3',
+        'diverged or failed': '1',
+        'parameters, M': '2.00',
+        'multiply-adds, M': '120',
+        'ms an iteration': '200 ± 141',
+    }
+    assert (none['final IoU'], none['iterations to 80']) == ('1.0', '–')
+    assert (every['final IoU'], every['diverged or failed']) == ('–', '1')
+    assert re.search(r'\| grid +\|', capsys.readouterr().out)
+    assert (out / 'main.png').stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        evidence.main(['quick', *arguments[1:]])
+    assert 'quick.json: train the list quick first' in capsys.readouterr().err
+
+
+def test_tables_of_the_page():
+    """What stands in the documentation is what the records beside it say."""
+    text = (ROOT / 'docs/evidence.md').read_text()
+    for path in (ROOT / 'docs/evidence').glob('*.json'):
+        table = evidence.make_table(json.loads(path.read_text()))
+        assert f'<!-- {path.stem} -->\n\n{table}\n\n<!-- end' in text
+
+
+def test_what_is_measured_of_a_divergence(tmp_path, monkeypatch):
+    folder = tmp_path / 'time/vis_data'
+    folder.mkdir(parents=True)
+    lines = [dict(loss=math.nan, time=0.1), dict(step=1, mIoU=1, **{'IoU.target': 0.0})]
+    (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    found = evidence.measure(evidence.Run('grid', 0), tmp_path, 0, {})
+    assert (found['status'], found['target_iou']) == ('diverged', {'1': 0.0})

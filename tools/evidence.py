@@ -1,0 +1,441 @@
+"""Train lists of networks on the cue task, and write down what came of it.
+
+Runs that are finished are not trained again, and interrupted ones go on. What is known
+of a list so far stands in <out>/<list>.json, from which tables and figures are made.
+
+Examples:
+    python tools/evidence.py quick
+    python tools/evidence.py main --jobs 2
+    python tools/evidence.py quick main --table --figure
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate import last_error
+from mmengine.config import DictAction
+from mmengine.registry import MODELS, init_default_scope
+from tabulate import tabulate
+
+from clustr_mm.files import read_checkpoint, read_config, shorten, write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / 'tools/analysis_tools'))
+
+PACKAGES = ('torch', 'mmengine', 'mmsegmentation', 'clustr_mm')
+MAIN = (
+    *('dpcknn', 'kmeans1', 'kmeans3', 'kmeans3-quarter', 'dpcknn-windows', 'grid'),
+    *('sorted', 'random', 'all', 'none', 'strided'),
+)
+BACKBONES = ('dpcknn', 'dualvit', 'linglo', 'stt', 'pvtv2', 'swin', 'resnet')
+CLUSTERED = ('dpcknn', 'kmeans3', 'grid')
+
+#: Target IoU in percent with which a network has learnt the task, and the iterations
+#: at which tables look.
+LEARNT = 80
+STEPS = (250, 500)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        variant (str): Which config, ``fpn_<variant>_cue-96x96.py``.
+        seed (int): Of weights and order.
+        point (str): What the options are called; empty if there are none.
+        options (Mapping): ``--cfg-options``.
+    """
+
+    variant: str
+    seed: int
+    point: str = ''
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return '_'.join(filter(None, [self.variant, self.point, f'seed{self.seed}']))
+
+    @property
+    def config(self) -> Path:
+        """Its config."""
+        return ROOT / f'configs/mmseg/cue_task/fpn_{self.variant}_cue-96x96.py'
+
+
+def picture(**settings: int) -> dict[str, int]:
+    """Options that change the pictures, see ``CueTask``."""
+    return {
+        f'{part}_dataloader.dataset.{key}': value
+        for part in ('train', 'val', 'test')
+        for key, value in settings.items()
+    }
+
+
+def backbone(**settings: Any) -> dict[str, Any]:
+    """Options that change the backbone."""
+    return {f'model.backbone.{key}': value for key, value in settings.items()}
+
+
+def clusters(number: int) -> dict[str, Any]:
+    """Options for so many coarse clusters in each stage, as far as it has tokens."""
+    return backbone(**{'arch.sr_ratios': [4, 2, 2, 1], 'max_clusters': number})
+
+
+def make_lists() -> dict[str, list[Run]]:
+    """The lists by name; of each the first seed comes first."""
+    every = (*CLUSTERED, 'all')
+    #: List -> number of seeds, and (variants, point, options) of each point.
+    lists = {
+        'quick': (1, [(MAIN, '', {})]),
+        'main': (5, [(MAIN, '', {})]),
+        'backbones': (3, [(BACKBONES, '', {})]),
+        'cue-sizes': (
+            3,
+            [(every, f'cue-{n}', picture(cue_size=n)) for n in (4, 6, 8, 10, 12, 16)],
+        ),
+        'cluster-counts': (
+            3,
+            [(CLUSTERED, f'clusters-{n}', clusters(n)) for n in (2, 4, 9, 18)],
+        ),
+        'picture-sizes': (3, []),
+        'parts': (
+            3,
+            [
+                (['dpcknn'], 'k-1', backbone(**{'clusterer.k': 1})),
+                (['dpcknn'], 'k-15', backbone(**{'clusterer.k': 15})),
+                (['dpcknn'], 'coarse', backbone(type='ControlClusTR', scale=0)),
+                (['dpcknn'], 'fine', backbone(type='ControlClusTR', scale=1)),
+                (
+                    CLUSTERED,
+                    'plain-means',
+                    backbone(type='ControlClusTR', learned_weights=False),
+                ),
+            ],
+        ),
+    }
+    for n in (64, 96, 128, 192, 256):
+        size = picture(size=n)
+        lists['picture-sizes'][1].extend(
+            [
+                (['dpcknn', 'all'], f'size-{n}', size),
+                (CLUSTERED, f'size-{n}-clusters-9', {**size, **clusters(9)}),
+            ]
+        )
+    return {
+        name: [
+            Run(variant, seed, point, options)
+            for seed in range(seeds)
+            for variants, point, options in points
+            for variant in variants
+        ]
+        for name, (seeds, points) in lists.items()
+    }
+
+
+def start(run: Run, folder: Path, options: Mapping[str, Any]) -> subprocess.Popen:
+    """Start a training, or let it go on, in a process group of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {**run.options, **options, 'randomness.seed': run.seed}
+    command = [
+        *(sys.executable, '-m', 'mim', 'train', 'mmseg', str(run.config)),
+        *('--work-dir', str(folder), '--resume', '--cfg-options'),
+        *(f'{key}={value}'.replace(' ', '') for key, value in options.items()),
+    ]
+    with (folder / 'log.txt').open('a') as log:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            start_new_session=True,
+        )
+
+
+def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> dict:
+    """What a run came to, whichever way it ended."""
+    scalars = [
+        json.loads(line)
+        for file in sorted(folder.glob('*/vis_data/scalars.json'))
+        for line in file.read_text().splitlines()
+    ]
+    trained = [line for line in scalars if 'loss' in line]
+    ious = {line['step']: line['IoU.target'] for line in scalars if 'mIoU' in line}
+    record = dict(
+        variant=run.variant,
+        point=run.point,
+        seed=run.seed,
+        options={**run.options, **options},
+        status='finished',
+        target_iou={str(step): ious[step] for step in sorted(ious)},
+    )
+    if code:
+        reason = last_error((folder / 'log.txt').read_text(), code)
+        record.update(status='failed', error=shorten(reason))
+    elif not all(math.isfinite(line['loss']) for line in trained):
+        record['status'] = 'diverged'
+    if trained:
+        seconds = statistics.median(line['time'] for line in trained)
+        record['seconds_per_iteration'] = round(seconds, 4)
+    return {**record, **count(run, options), **circumstances()}
+
+
+def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters of the whole network, and its multiply-adds for one picture."""
+    from get_flops import count_flops
+
+    config = read_config(run.config)
+    config.merge_from_dict({**run.options, **options})
+    init_default_scope(config.default_scope)
+    size = config.train_dataloader.dataset.get('size', 96)
+    flops = count_flops(MODELS.build(config.model), size, size)
+    return dict(parameters=flops.parameters, multiply_adds=flops.total)
+
+
+def circumstances() -> dict[str, Any]:
+    """Of what and where a run was made."""
+    command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    info = Path('/proc/cpuinfo')
+    cpu = re.search('model name\t: (.*)', info.read_text()) if info.exists() else None
+    return dict(
+        versions={name: version(name) for name in PACKAGES},
+        commit=git.stdout.strip(),
+        machine=f'{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}',
+    )
+
+
+def slim(folder: Path) -> None:
+    """Leave of the checkpoints what is needed for testing."""
+    for path in folder.glob('iter_*.pth'):
+        content = read_checkpoint(path)
+        weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+        file = io.BytesIO()
+        torch.save(dict(meta=content['meta'], state_dict=weights), file)
+        write_whole(path, file.getbuffer())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(content, indent=1) + '\n').encode())
+
+
+def read_record(run: Run, work_dir: Path) -> dict | None:
+    """The record of a run, if there is one."""
+    path = work_dir / run.name / 'record.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def gather(name: str, work_dir: Path, out: Path) -> None:
+    """Put the records of a list into its file; others that are there stay."""
+    path = out / f'{name}.json'
+    known = json.loads(path.read_text()) if path.exists() else []
+    known += filter(None, (read_record(run, work_dir) for run in make_lists()[name]))
+    records = {(r['variant'], r['point'], r['seed']): r for r in known}
+    write_json(path, list(records.values()))
+
+
+def train(
+    name: str, work_dir: Path, out: Path, jobs: int, options: Mapping[str, Any]
+) -> int:
+    """Train what is not finished of a list; returns how many runs failed.
+
+    One that failed before is tried again.
+    """
+    runs = make_lists()[name]
+    unfinished = ('failed', None)
+    waiting = [
+        run
+        for run in runs
+        if (read_record(run, work_dir) or {}).get('status') in unfinished
+    ]
+    number, begin, failures = len(waiting), time.time(), 0
+    print(f'{name}: {len(runs)} runs, {len(runs) - number} finished before', flush=True)
+    gather(name, work_dir, out)
+    running: dict[Run, subprocess.Popen] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run] = start(run, work_dir / run.name, options)
+                print(f'{run.name}: started', flush=True)
+            time.sleep(0.2)
+            for run in [run for run in running if running[run].poll() is not None]:
+                folder, code = work_dir / run.name, running.pop(run).returncode
+                record = measure(run, folder, code, options)
+                write_json(folder / 'record.json', record)
+                gather(name, work_dir, out)
+                if code:
+                    failures += 1
+                else:
+                    slim(folder)
+                left = len(waiting) + len(running)
+                minutes = (time.time() - begin) / (number - left) * left / 60
+                ious = ' '.join(f'{iou:.0f}' for iou in record['target_iou'].values())
+                print(
+                    f'{run.name}: {record["status"]}, target IoU {ious or "unknown"}; '
+                    f'{left} left, about {minutes:.0f} min',
+                    flush=True,
+                )
+    finally:
+        for child in running.values():
+            os.killpg(child.pid, signal.SIGTERM)
+    return failures
+
+
+def group(records: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Records by variant and point, seeds together."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[record['variant'], record['point']].append(record)
+    return groups
+
+
+def spread(values: Iterable[float | None], digits: int = 1) -> str:
+    """Mean and, of several, standard deviation, of those that are known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return '–'
+    text = f'{statistics.mean(known):.{digits}f}'
+    return text + (f' ± {statistics.stdev(known):.{digits}f}' if known[1:] else '')
+
+
+def make_table(records: Iterable[dict]) -> str:
+    """Markdown table of a list, seeds together; IoU is the target's, in percent."""
+    rows = []
+    for (variant, point), runs in group(records).items():
+        ended = [run for run in runs if run['status'] == 'finished']
+        ious = [run['target_iou'] for run in ended]
+        learnt = [[int(step) for step in i if i[step] >= LEARNT] for i in ious]
+        times = [1e3 * run['seconds_per_iteration'] for run in ended]
+        row = {'network': f'{variant} {point}'.strip()}
+        for step in STEPS:
+            row[f'IoU at {step}'] = spread(i.get(str(step)) for i in ious)
+        row['final IoU'] = spread([*i.values()][-1] for i in ious)
+        row[f'iterations to {LEARNT}'] = spread(
+            (steps[0] for steps in learnt if steps), 0
+        )
+        row['learnt'] = f'{sum(map(bool, learnt))} of {len(runs)}'
+        row['diverged or failed'] = len(runs) - len(ended)
+        row['parameters, M'] = f'{runs[0]["parameters"] / 1e6:.2f}'
+        row['multiply-adds, M'] = f'{runs[0]["multiply_adds"] / 1e6:.0f}'
+        row['ms an iteration'] = spread(times, 0)
+        rows.append(row)
+    return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+
+
+def put_table(page: Path, name: str, table: str) -> None:
+    """Put a table between the markers of its list in a page."""
+    begin, end = f'<!-- {name} -->\n', f'<!-- end of {name} -->'
+    text = re.sub(
+        f'(?s)(?<={begin}).*?(?={end})', lambda _: f'\n{table}\n\n', page.read_text()
+    )
+    write_whole(page, text.encode())
+
+
+def draw(records: Sequence[dict], path: Path) -> None:
+    """Draw target IoU over iterations: means, and from the worst to the best seed."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    points = list(dict.fromkeys(record['point'] for record in records))
+    variants = list(dict.fromkeys(record['variant'] for record in records))
+    columns = min(4, len(points))
+    rows = -(-len(points) // columns)
+    figure = plt.figure(figsize=(5 + 3 * columns, 2 + 3 * rows), layout='constrained')
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    lines = {}
+    for (variant, point), runs in group(records).items():
+        axis = grid.flat[points.index(point)]
+        curves = [run['target_iou'] for run in runs]
+        steps = sorted({step for curve in curves for step in curve}, key=int)
+        values = [[curve[step] for curve in curves if step in curve] for step in steps]
+        steps = [int(step) for step in steps]
+        colour = plt.get_cmap('tab20')(variants.index(variant))
+        means = [statistics.mean(v) for v in values]
+        (lines[variant],) = axis.plot(steps, means, '.-', color=colour)
+        lows, highs = [min(v) for v in values], [max(v) for v in values]
+        axis.fill_between(steps, lows, highs, color=colour, alpha=0.12)
+        axis.set(title=point, xlabel='iterations', ylim=(0, 100))
+    grid[0, 0].set_ylabel('IoU of the target, %')
+    for axis in grid.flat[len(points) :]:
+        axis.remove()
+    figure.legend(lines.values(), lines, loc='outside right')
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100, format='png')
+    plt.close(figure)
+    write_whole(path, file.getbuffer())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    lists = ', '.join(f'{name} ({len(runs)})' for name, runs in make_lists().items())
+    add(
+        'lists',
+        nargs='+',
+        choices=[*make_lists()],
+        metavar='LIST',
+        help=f'and the number of its runs: {lists}',
+    )
+    add('--jobs', type=int, default=os.cpu_count(), help='runs at a time')
+    add('--work-dir', type=Path, default=ROOT / 'work_dirs/evidence')
+    add('--out', type=Path, default=ROOT / 'docs/evidence')
+    add('--table', action='store_true', help='only print tables, and fill <out>.md')
+    add('--figure', action='store_true', help='only draw <out>/<list>.png')
+    add('--cfg-options', nargs='+', action=DictAction, default={}, help='of all runs')
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f'--jobs must be at least 1, got {args.jobs}')
+    if not args.table and not args.figure:
+        # As on Ctrl-C, the trainings end with the driver.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit('evidence.py: stopped'))
+        os.nice(10)
+        work_dir, out = args.work_dir.resolve(), args.out
+        failures = sum(
+            train(name, work_dir, out, args.jobs, args.cfg_options)
+            for name in args.lists
+        )
+        sys.exit(f'evidence.py: {failures} runs failed' if failures else None)
+    for name in args.lists:
+        path, page = args.out / f'{name}.json', args.out.with_suffix('.md')
+        if not path.exists():
+            parser.error(f'there is no {path}: train the list {name} first')
+        records = json.loads(path.read_text())
+        if args.figure:
+            draw(records, path.with_suffix('.png'))
+        if args.table:
+            table = make_table(records)
+            print(f'{name}\n\n{table}\n')
+            if page.exists():
+                put_table(page, name, table)
+
+
+if __name__ == '__main__':
+    main()
