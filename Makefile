@@ -35,7 +35,7 @@ coverage: $(INSTALLED)
 	$(BIN)/python -m pytest --cov=clustr_mm --cov-report=term-missing
 
 gpu:
-	PYTHONPATH=. $(GPU_PYTHON) tools/gpu_acceptance.py $(GPU_ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) tools/analysis_tools/gpu_acceptance.py $(GPU_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

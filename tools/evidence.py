@@ -169,6 +169,7 @@ def start(run: Run, folder: Path, options: Mapping[str, Any]) -> subprocess.Pope
             stderr=subprocess.STDOUT,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
             start_new_session=True,
+            preexec_fn=lambda: os.nice(10),
         )
 
 
@@ -416,7 +417,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.table and not args.figure:
         # As on Ctrl-C, the trainings end with the driver.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit('evidence.py: stopped'))
-        os.nice(10)
         work_dir, out = args.work_dir.resolve(), args.out
         failures = sum(
             train(name, work_dir, out, args.jobs, args.cfg_options)
