@@ -1,9 +1,10 @@
-# make demo    install if needed, train and evaluate on toy data, draw a picture
-# make test    install if needed, run the whole test suite
-# make coverage the same suite, and which lines of the package it runs
-# make gpu     accept the package on a GPU (needs torch, Triton and mmengine only)
-# make lint    check style; `make format` mends what can be mended
-# make install only install; MMCV_OPS=1 compiles mmcv's ops (20 minutes on 2 cores)
+# make demo      install if needed, train and evaluate on toy data, draw a picture
+# make test      install if needed, run the whole test suite
+# make coverage  the same suite, and which lines of the package it runs
+# make evidence  train eleven attentions on the cue task (docs/evidence.md)
+# make gpu       accept the package on a GPU (needs torch, Triton and mmengine only)
+# make lint      check style; `make format` mends what can be mended
+# make install   only install; MMCV_OPS=1 compiles mmcv's ops (20 minutes on 2 cores)
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV ?= .venv
@@ -21,7 +22,7 @@ endif
 # Written last: an interrupted installation goes on where it was.
 INSTALLED := $(VENV)/.installed-$(MMCV)
 
-.PHONY: install demo test coverage gpu lint format
+.PHONY: install demo test coverage evidence gpu lint format
 
 install: $(INSTALLED)
 
@@ -33,6 +34,10 @@ test: $(INSTALLED)
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m pytest --cov=clustr_mm --cov-report=term-missing
+
+evidence: $(INSTALLED)
+	$(BIN)/python tools/evidence.py quick
+	$(BIN)/python tools/evidence.py quick --table --figure
 
 gpu:
 	PYTHONPATH=. $(GPU_PYTHON) tools/analysis_tools/gpu_acceptance.py $(GPU_ARGS)
