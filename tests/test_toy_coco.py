@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from make_toy_data import COCO_CLASSES, SKELETON, describe_person, make_toy_data
+from make_toy_data import describe_person, make_toy_data
 from mmengine.hub import get_config
 from mmengine.registry import DATASETS, init_default_scope
-from PIL import Image
 from toy_scene import pose
 
 import clustr_mm  # noqa: F401  lets mmdet import with mmcv-lite
@@ -56,31 +55,23 @@ def test_coco_layout(place, coco):
     root = place / 'data/coco'
     for split, count in (('train', NUM_TRAIN), ('val', NUM_VAL)):
         things = coco[f'instances_{split}2017']
-        persons = coco[f'coco_wholebody_{split}_v1.0']
         files = sorted(file.name for file in (root / f'{split}2017').iterdir())
-        assert files == [f'{n:012d}.jpg' for n in range(1, count + 1)]
+        assert len(files) == count
         for entry, name in zip(things['images'], files, strict=True):
             assert entry == dict(id=int(name[:12]), file_name=name, height=96, width=96)
-            image = Image.open(root / f'{split}2017' / name)
-            assert (image.mode, image.size) == ('RGB', (SIZE, SIZE))
         categories = {one['name']: one['id'] for one in things['categories']}
         assert tuple(categories) == CocoDataset.METAINFO['classes']
-        renamed = {**COCO_CLASSES, 'sports ball': COCO_CLASSES['ball']}
-        assert renamed.items() - {('ball', 37)} <= categories.items()
-        assert max(categories.values()) == 90
-        ids = [one['id'] for one in things['annotations']]
-        assert len(set(ids)) == len(ids)
+        assert (categories['boat'], max(categories.values())) == (9, 90)
         # The whole bodies are the persons of the instances, told more of.
-        expected = [one for one in things['annotations'] if one['category_id'] == 1]
-        for one, more in zip(expected, persons['annotations'], strict=True):
+        persons = [one for one in things['annotations'] if one['category_id'] == 1]
+        bodies = coco[f'coco_wholebody_{split}_v1.0']['annotations']
+        for one, more in zip(persons, bodies, strict=True):
             assert one.items() <= more.items()
-        assert {one['image_id'] for one in expected} == set(range(1, count + 1))
+        assert {one['image_id'] for one in persons} == set(range(1, count + 1))
     detections = coco['COCO_val2017_detections_AP_H_56_person']
-    for found, person in zip(detections, expected, strict=True):
-        assert (found['category_id'], found['image_id']) == (1, person['image_id'])
-        assert 0.5 < found['score'] < 1 and found['bbox'] != person['bbox']
-        most = 0.05 * max(person['bbox'][2:]) + 0.01
-        np.testing.assert_allclose(found['bbox'], person['bbox'], atol=most)
+    for found, person in zip(detections, persons, strict=True):
+        assert 0.5 < found.pop('score') < 1
+        assert found.items() <= person.items()
 
 
 def test_left_is_the_persons_own():
@@ -103,8 +94,6 @@ def test_left_is_the_persons_own():
     # Palms to the thighs: the thumb and the big toe are on the inner side.
     assert places['left_thumb4'][0] < places['left_pinky_finger4'][0]
     assert places['left_big_toe'][0] < places['left_small_toe'][0]
-    links = {tuple(sorted(link)) for link in meta['skeleton_links'] if max(link) < 17}
-    assert {tuple(sorted((a - 1, b - 1))) for a, b in SKELETON} == links
 
 
 def test_visibility_of_keypoints():
@@ -118,10 +107,6 @@ def test_visibility_of_keypoints():
     assert found['num_keypoints'] == 17 and set(triplets(found)[:, 2]) == {2}
     expected = np.concatenate([points[part] for part in PARTS]) * 50 - 0.5
     np.testing.assert_allclose(triplets(found)[:, :2], expected, atol=0.006)
-    x, y, width, height = found['face_box']
-    face = triplets(found)[23:91, :2]
-    np.testing.assert_allclose((x, y), face.min(0))
-    np.testing.assert_allclose((x + width, y + height), face.max(0), atol=0.011)
 
     # Only what is in front hides; what is behind and the background do not.
     assert describe_person(points, instances, 3) == found
@@ -131,7 +116,7 @@ def test_visibility_of_keypoints():
     # Moved up until the head is outside.
     above = {key: xy - (0, 0.3) for key, xy in points.items()}
     above = describe_person(above, instances, 2)
-    assert not any(above['face_kpts']) and above['face_box'] == [0, 0, 0, 0]
+    assert not any(above['face_kpts'])
     assert found['face_valid'] and not above['face_valid'] and above['foot_valid']
     assert above['num_keypoints'] == 12
 
@@ -139,21 +124,11 @@ def test_visibility_of_keypoints():
 def test_keypoints_lie_on_their_person(coco):
     from pycocotools import mask as tools
 
-    flags = set()
     for person in coco['coco_wholebody_val_v1.0']['annotations']:
-        points = triplets(person)
-        flags |= set(points[:, 2])
         mask = np.pad(tools.decode(person['segmentation']), 1)
-        x, y, width, height = person['bbox']
-        for px, py, flag in points:
-            if flag == 2:
-                row, column = round(py), round(px)
-                assert mask[row : row + 3, column : column + 3].any()
-                assert x - 1 <= px <= x + width and y - 1 <= py <= y + height
-        # Head above the hips, above the ankles.
-        if (points[[0, 11, 15], 2] > 0).all():
-            assert points[0, 1] < points[11, 1] < points[15, 1]
-    assert flags >= {0, 2}
+        for x, y, flag in triplets(person):
+            row, column = round(y), round(x)
+            assert flag < 2 or mask[row : row + 3, column : column + 3].any()
 
 
 @pytest.mark.parametrize(('shift', 'low', 'high'), [(0, 1, 1), (8, 0, 0.9)])
@@ -177,12 +152,6 @@ def test_mmdet_scores_the_truth(place, coco, monkeypatch, shift, low, high):
         found = dict(bboxes=boxes, labels=truth.labels, scores=scores, masks=masks)
         image = dict(img_id=sample.img_id, ori_shape=sample.ori_shape)
         metric.process({}, [dict(image, pred_instances=found)])
-        ours = [
-            one['area']
-            for one in coco['instances_val2017']['annotations']
-            if one['image_id'] == sample.img_id
-        ]
-        assert truth.masks.masks.sum((1, 2)).tolist() == ours
     scores = metric.evaluate(len(data))
     assert low <= scores['coco/bbox_mAP'] <= high
     assert low <= scores['coco/segm_mAP'] <= high

@@ -21,12 +21,6 @@ RECORD = 'toy_data.json'
 VERSION = 2
 #: Drawn things that COCO knows: name in ADE20K -> number of the category.
 COCO_CLASSES = {'person': 1, 'car': 3, 'boat': 9, 'ball': 37}
-# Pairs of the body's keypoints, counted from 1 as in COCO's annotation files.
-SKELETON = [
-    *[(16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7)],
-    *[(6, 8), (7, 9), (8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5)],
-    *[(4, 6), (5, 7)],
-]
 #: Folder of ImageNet -> number of its class, the thing that shows it.
 IMAGENET_CLASSES = {
     'n04254680': (805, 'ball'),  # soccer ball
@@ -77,19 +71,11 @@ def write_imagenet(root: Path, counts: dict[str, int], size: int, seed: int) -> 
 def describe_person(
     keypoints: dict[str, np.ndarray], instances: np.ndarray, number: int
 ) -> dict[str, Any]:
-    """What COCO-WholeBody v1.0 tells of a person beyond COCO's instances.
+    """What COCO-WholeBody v1.0 tells of the person ``number`` of a scene.
 
-    Args:
-        keypoints (dict): As in ``Scene.things``.
-        instances (np.ndarray): As in ``Scene``.
-        number (int): The person's number there; larger ones are in front.
-
-    Returns:
-        dict: Five lists of keypoints, (x, y, visibility) by turns, in pixels from the
-        centre of the first one; visible is 2, hidden by a thing in front 1, outside
-        the image 0 with x = y = 0. Of the body ``num_keypoints`` are inside. Of face,
-        hands and feet ``*_valid`` says if most are seen, of face and hands ``*_box``
-        is the box (x, y, width, height) of what is inside.
+    Keypoints are lists of (x, y, visibility) by turns, in pixels from the centre of the
+    first one; visible is 2, hidden by a thing of a larger number 1, outside the image 0
+    with x = y = 0. ``*_valid`` says if most of a part is seen.
     """
     size = len(instances)
     result: dict[str, Any] = {}
@@ -101,15 +87,10 @@ def describe_person(
         # The outer half of the pixels at the edge lies beyond their centres.
         places = np.where(inside[:, None], (places - 0.5).clip(0, size - 1), 0).round(2)
         result[key] = np.c_[places, inside + seen.astype(int)].ravel().tolist()
-        part = key.removesuffix('_kpts')
-        if part == 'keypoints':
+        if key == 'keypoints':
             result['num_keypoints'] = int(inside.sum())
-            continue
-        result[f'{part}_valid'] = bool(seen.mean() > 0.5)
-        if part != 'foot':
-            found = places[inside] if inside.any() else np.zeros((1, 2))
-            box = np.concatenate((found.min(0), np.ptp(found, 0)))
-            result[f'{part}_box'] = box.round(2).tolist()
+        else:
+            result[key.replace('_kpts', '_valid')] = bool(seen.mean() > 0.5)
     return result
 
 
@@ -136,22 +117,13 @@ def annotate(scene: Scene) -> list[dict[str, Any]]:
     return found
 
 
-def detect(person: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """A detection of a person, off by up to a twentieth of its box."""
-    box = np.array(person['bbox'])
-    box += rng.uniform(-0.05, 0.05, 4) * np.tile(box[2:], 2)
-    found = {key: person[key] for key in ('image_id', 'category_id')}
-    return {**found, 'bbox': box.tolist(), 'score': rng.uniform(0.51, 0.99)}
-
-
 def write_coco(root: Path, counts: dict[str, int], size: int, seed: int) -> None:
     """Fill ``root`` like ``data/coco`` of MMDetection and MMPose."""
-    from torchvision.models import detection
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights as Weights
 
-    names = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories']
-    body = detection.KeypointRCNN_ResNet50_FPN_Weights.COCO_V1.meta['keypoint_names']
-    kinds = [{'id': n, 'name': k} for n, k in enumerate(names) if n and k != 'N/A']
-    person = {**kinds[0], 'keypoints': body, 'skeleton': SKELETON}
+    names = enumerate(Weights.COCO_V1.meta['categories'])
+    kinds = [{'id': number, 'name': name} for number, name in names if number]
+    kinds = [kind for kind in kinds if kind['name'] != 'N/A']
     keys = ('id', 'image_id', 'category_id', 'bbox', 'area', 'segmentation', 'iscrowd')
     for place, (split, count) in enumerate(counts.items()):
         images, things = [], []
@@ -166,16 +138,21 @@ def write_coco(root: Path, counts: dict[str, int], size: int, seed: int) -> None
             for one in found:
                 things.append({'id': len(things) + 1, 'image_id': index, **one})
         common = {'info': {}, 'licenses': [], 'images': images}
-        instances = [{key: one[key] for key in keys} for one in things]
-        content = {**common, 'annotations': instances, 'categories': kinds}
-        dump(content, root / f'annotations/instances_{split}2017.json')
         persons = [one for one in things if 'keypoints' in one]
-        content = {**common, 'annotations': persons, 'categories': [person]}
-        dump(content, root / f'annotations/coco_wholebody_{split}_v1.0.json')
-    rng = np.random.default_rng([seed, len(counts)])
-    detections = [detect(one, rng) for one in persons]  # of the last split
+        things = [{key: one[key] for key in keys} for one in things]
+        for prefix, suffix, found, known in (
+            ('instances', '2017', things, kinds),
+            ('coco_wholebody', '_v1.0', persons, kinds[:1]),
+        ):
+            content = {**common, 'annotations': found, 'categories': known}
+            dump(content, root / f'annotations/{prefix}_{split}{suffix}.json')
+    # What a detector found in the last split: the persons' own boxes.
+    found = [
+        {key: one[key] for key in ('image_id', 'category_id', 'bbox')} | {'score': 0.9}
+        for one in persons
+    ]
     name = 'COCO_val2017_detections_AP_H_56_person.json'
-    dump(detections, root / 'person_detection_results' / name)
+    dump(found, root / 'person_detection_results' / name)
 
 
 #: Whose layout -> folder of the data set, what fills it.
@@ -185,10 +162,6 @@ WRITERS = {
     'imagenet': ('imagenet', write_imagenet),
 }
 TASKS = tuple(WRITERS)
-#: The least and the most.
-LIMITS = dict(
-    num_train=(1, 99_999), num_val=(1, 99_999), size=(64, 2048), seed=(0, 2**32 - 1)
-)
 
 
 def make_toy_data(
@@ -201,8 +174,7 @@ def make_toy_data(
 ) -> tuple[Path, bool]:
     """Write a toy data set, or reuse it if it is there already.
 
-    It appears all at once. An interrupted run leaves nothing, a killed one a hidden
-    folder beside it. The same arguments give the same pixels.
+    It appears all at once. The same arguments give the same pixels.
 
     Args:
         task (str): Whose layout and format, one of ``TASKS``.
@@ -216,20 +188,14 @@ def make_toy_data(
         tuple[Path, bool]: The data set's folder, and whether it was drawn now.
 
     Raises:
-        ValueError: If a value is out of its ``LIMITS``.
+        ValueError: If a number is too small.
         FileExistsError: If there is a data set that this function did not write.
     """
-    if task not in WRITERS:
-        raise ValueError(f'task must be one of {", ".join(TASKS)}, got {task!r}')
     record = dict(num_train=num_train, num_val=num_val, size=size, seed=seed)
-    for name, value in record.items():
-        low, high = LIMITS[name]
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(
-                f'{name} must be a whole number from {low} to {high}, got {value!r}'
-            )
+    for (name, value), least in zip(record.items(), (1, 1, 64, 0)):
+        if value < least:
+            raise ValueError(f'{name} must be at least {least}, got {value!r}')
     record |= dict(task=task, version=VERSION)
-
     folder, write = WRITERS[task]
     root = Path(out) / folder
     if root.exists():
@@ -254,24 +220,20 @@ def make_toy_data(
     return root, True
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the command line."""
+def main() -> None:
+    """Run the tool."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('--task', default='ade20k', choices=TASKS, help='whose layout')
-    parser.add_argument('--out', default='data/toy', help='folder that gets the data')
-    parser.add_argument('--num-train', type=int, default=600, help='training images')
-    parser.add_argument('--num-val', type=int, default=24, help='validation images')
-    parser.add_argument('--size', type=int, default=112, help='height and width')
-    parser.add_argument('--seed', type=int, default=0, help='other seed, other data')
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Run the tool."""
+    add = parser.add_argument
+    add('--task', default='ade20k', choices=TASKS, help='whose layout')
+    add('--out', default='data/toy', help='folder that gets the data')
+    add('--num-train', type=int, default=600, help='training images')
+    add('--num-val', type=int, default=24, help='validation images')
+    add('--size', type=int, default=112, help='height and width')
+    add('--seed', type=int, default=0, help='other seed, other data')
     try:
-        root, drawn = make_toy_data(**vars(parse_args()))
+        root, drawn = make_toy_data(**vars(parser.parse_args()))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f'make_toy_data.py: {error}') from error
     print(f'{"drew" if drawn else "found"} {root}')

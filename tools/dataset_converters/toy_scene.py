@@ -21,6 +21,8 @@ ADE_CLASSES = {
     'ball': (120, (255, 0, 163)),
 }
 WHITE = np.full(3, 0.95, np.float32)
+Range = tuple[float, float]
+LIGHT = (0.45, 0.95)
 
 
 class Scene:
@@ -28,12 +30,8 @@ class Scene:
 
     Points, lengths and the arrays ``x`` and ``y`` are in units of the thing that is
     being drawn: x to the right of its foot, y upwards. Before the first thing they
-    are fractions of the image, from its lower left corner.
-
-    Args:
-        size (int): Height and width of the image in pixels. It is painted twice as
-            large, so that edges become smooth.
-        rng (np.random.Generator): Source of everything random.
+    are fractions of the image, from its lower left corner. It is painted twice as
+    large as asked for, so that edges become smooth.
 
     Attributes:
         image (np.ndarray): RGB about [0, 1]; (size, size, 3) uint8 in the end.
@@ -107,10 +105,7 @@ class Scene:
         return (field - np.mean(field)) / np.std(field)
 
     def colour(
-        self,
-        hue: tuple[float, float] = (0, 1),
-        saturation: tuple[float, float] = (0.4, 0.9),
-        value: tuple[float, float] = (0.45, 0.95),
+        self, hue: Range = (0, 1), saturation: Range = (0.4, 0.9), value: Range = LIGHT
     ) -> np.ndarray:
         """A random RGB colour, (3,), from ranges in [0, 1]; the hue may overflow."""
         return hsv(*map(self.rng.uniform, *zip(hue, saturation, value)))
@@ -118,13 +113,7 @@ class Scene:
     def paint(
         self, mask: np.ndarray, colour: np.ndarray, name: str | None = None
     ) -> None:
-        """Set the pixels of a mask; what they show too if ``name`` is given.
-
-        Args:
-            mask (np.ndarray): (side, side), bool.
-            colour (np.ndarray): (3,) or (side, side, 3), RGB about [0, 1].
-            name (str, optional): A key of ``ADE_CLASSES``.
-        """
+        """Set pixels to RGB of one or all of them; if named, what they show too."""
         np.copyto(self.image, colour, casting='same_kind', where=mask[..., None])
         if name is not None:
             self.labels[mask] = ADE_CLASSES[name][0]
@@ -295,14 +284,10 @@ _HAND = np.concatenate([[(0, 0)], *(np.outer((0.4, 0.6, 0.8, 1), t) for t in _TI
 
 
 def pose(arms: np.ndarray) -> dict[str, np.ndarray]:
-    """The keypoints of a person who faces the viewer, in units of a thing.
+    """Keypoints (K, 2) of a person who faces the viewer, by COCO-WholeBody's keys.
 
-    Args:
-        arms (np.ndarray): (2, 2), of the person's left and right arm the angles of
-            upper arm and forearm: 0 hanging, pi / 2 level outwards.
-
-    Returns:
-        dict[str, np.ndarray]: (K, 2) by the keys of COCO-WholeBody's annotations.
+    ``arms`` (2, 2) has the angles of upper arm and forearm on the person's left and
+    right: 0 hanging, pi / 2 level outwards.
     """
     # The person's left is on the image's right.
     side = np.array([[1], [-1]])
@@ -341,23 +326,21 @@ def draw_person(scene: Scene) -> dict[str, np.ndarray]:
     trousers = scene.colour((0.5, 0.75), (0.2, 0.6), (0.3, 0.4))
     trousers = grained(trousers, scene.noise(0.05, 0.01), 0.1)
 
-    def limb(
-        start: np.ndarray, end: np.ndarray, width: float, colour: np.ndarray
-    ) -> None:
-        scene.paint(scene.limb(start, end, width), colour, 'person')
+    def limb(*shape: np.ndarray | float, colour: np.ndarray) -> None:
+        scene.paint(scene.limb(*shape), colour, 'person')
 
     for _, toe, heel in points['foot_kpts'].reshape(2, 3, 2):
-        limb(toe, heel * (0.7, 0.8), 0.06, hsv(0, 0, 0.2))
+        limb(toe, heel * (0.7, 0.8), 0.06, colour=hsv(0, 0, 0.2))
     for side in (0, 1):
         shoulder, elbow, wrist, hip, knee, ankle = body[5 + side :: 2]
-        limb(hip, knee, 0.15, trousers)
-        limb(knee, ankle, 0.12, trousers)
+        limb(hip, knee, 0.15, colour=trousers)
+        limb(knee, ankle, 0.12, colour=trousers)
     for side, hand in enumerate((points['lefthand_kpts'], points['righthand_kpts'])):
         shoulder, elbow, wrist = body[5 + side : 11 : 2]
-        limb(elbow, wrist, 0.07, skin)
+        limb(elbow, wrist, 0.07, colour=skin)
         for tip in hand[4::4]:
-            limb(hand[0], tip, 0.03, skin)
-        limb(shoulder, elbow, 0.1, cloth)
+            limb(hand[0], tip, 0.03, colour=skin)
+        limb(shoulder, elbow, 0.1, colour=cloth)
     torso = body[[5, 6, 12, 11]] + [(0.03, 0.05), (-0.03, 0.05), (-0.07, 0), (0.07, 0)]
     scene.paint(scene.polygon(*torso), cloth, 'person')
     head = scene.ellipse(0, 0.94, 0.11, 0.13)
@@ -381,15 +364,10 @@ THINGS = {
 
 
 def draw_scene(rng: np.random.Generator, size: int, only: str | None = None) -> Scene:
-    """Draw sky, at times mountains, grass or sea or both, and a few things.
+    """Draw sky, at times mountains, grass or sea or both, and a few things or one.
 
     Colours, light and noise vary so much that shape and texture tell the classes, not
     colour.
-
-    Args:
-        rng (np.random.Generator): Source of everything random.
-        size (int): Height and width in pixels.
-        only (str, optional): The only thing to draw, a key of ``THINGS``.
     """
     scene = Scene(size, rng)
     horizon = shore = rng.uniform(0.48, 0.64)
