@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LISTS = evidence.make_lists()
 TINY = [
     *('train_cfg.max_iters=2', 'train_cfg.val_interval=1'),
-    *('train_dataloader.batch_size=2', 'val_dataloader.dataset.num_pictures=2'),
+    *(f'{part}_dataloader.dataset.num_pictures=2' for part in ('val', 'test')),
+    'train_dataloader.batch_size=2',
     *('default_hooks.checkpoint.interval=1', 'default_hooks.logger.interval=1'),
 ]
 
@@ -221,70 +220,44 @@ def test_lists():
 
 @pytest.fixture
 def short(monkeypatch):
-    """A list of two runs of which the second cannot be."""
+    """A training, one that cannot be, and a test and a tuning of the first one's."""
     runs = [
         evidence.Run('grid', 3),
         evidence.Run('grid', 3, 'wide', evidence.picture(cue_size=500)),
+        evidence.Run('grid', 3, 'tested', {}, 'grid', is_test=True),
+        evidence.Run('kmeans1', 3, 'tuned', {}, 'grid'),
     ]
     monkeypatch.setattr(evidence, 'make_lists', lambda: {'short': runs})
 
 
 def test_runs_are_trained_tested_and_skipped(short, tmp_path, capsys):
-    """Two iterations by stock mim, one run that fails, a second call, a test."""
+    """Two iterations by stock mim; what is finished is not done again."""
     work, out = tmp_path / 'work', tmp_path / 'evidence'
-    places = ['short', '--work-dir', str(work), '--out', str(out)]
+    arguments = ['short', '--work-dir', str(work), '--out', str(out), '--jobs', '1']
+    arguments += ['--cfg-options', *TINY]
     with pytest.raises(SystemExit, match='1 runs failed'):
-        evidence.main([*places, '--jobs', '1', '--cfg-options', *TINY])
-    assert 'short: 2 runs, 0 finished before' in capsys.readouterr().out
-    good, bad = json.loads((out / 'short.json').read_text())
+        evidence.main(arguments)
+    assert 'short: 4 runs, 0 finished before' in capsys.readouterr().out
+    good, bad, tested, tuned = json.loads((out / 'short.json').read_text())
     assert (good['status'], good['seed'], good['point']) == ('finished', 3, '')
-    assert list(good['target_iou']) == ['1', '2']
-    assert (
-        good['seconds_per_iteration'] > 0
-        and good['options']['train_cfg.max_iters'] == 2
-    )
-    assert (
-        good['commit']
-        and good['machine']
-        and good['versions']['torch'] == version('torch')
-    )
+    assert list(good['target_iou']) == list(tuned['target_iou']) == ['1', '2']
+    assert good['options']['train_cfg.max_iters'] == 2
+    assert good['seconds_per_iteration'] > 0
+    assert good['commit'] and good['machine']
+    assert good['versions']['torch'] == version('torch')
     assert bad['status'] == 'failed' and 'cue_size must be' in bad['error']
+    assert tested['target_iou'] == {'0': good['target_iou']['2']}
+    log = (work / 'kmeans1_tuned_seed3/log.txt').read_text()
+    assert 'Load checkpoint from' in log and 'grid_seed3/iter_2.pth' in log
 
     # Only the failed one is tried again.
     logs = [work / run.name / 'log.txt' for run in evidence.make_lists()['short']]
     sizes = [log.stat().st_size for log in logs]
     with pytest.raises(SystemExit, match='1 runs failed'):
-        evidence.main([*places, '--cfg-options', *TINY])
-    assert '2 runs, 1 finished before' in capsys.readouterr().out
-    after = [log.stat().st_size for log in logs]
-    assert after[0] == sizes[0] and after[1] > sizes[1]
-
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                '-m',
-                'mim',
-                'test',
-                'mmseg',
-                evidence.Run('grid', 3).config,
-            ),
-            *(
-                '--checkpoint',
-                work / 'grid_seed3/iter_2.pth',
-                '--work-dir',
-                tmp_path / 'test',
-            ),
-            *('--cfg-options', 'test_dataloader.dataset.num_pictures=2'),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (metrics,) = (tmp_path / 'test').glob('*/*.json')
-    assert json.loads(metrics.read_text())['IoU.target'] == good['target_iou']['2']
+        evidence.main(arguments)
+    assert '4 runs, 3 finished before' in capsys.readouterr().out
+    grown = [log.stat().st_size > size for log, size in zip(logs, sizes)]
+    assert grown == [False, True, False, False]
 
 
 def record(variant, seed, ious, **more):

@@ -200,6 +200,8 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
     if run.is_test:
         way = ['test', '--checkpoint', str(run.find_weights(work_dir))]
     elif run.weights:
+        # With --resume MMEngine would go on where these weights stopped.
+        way = ['train']
         options['load_from'] = run.find_weights(work_dir)
     command = [
         *(sys.executable, '-m', 'mim', way[0], 'mmseg', str(run.config), *way[1:]),
