@@ -379,7 +379,6 @@ def make_table(records: Iterable[dict]) -> str:
         ended = [run for run in runs if run['status'] == 'finished']
         ious = [run['target_iou'] for run in ended]
         learnt = [[int(step) for step in i if i[step] >= LEARNT] for i in ious]
-        times = [1e3 * run['seconds_per_iteration'] for run in ended]
         row = {'network': f'{variant} {point}'.strip()}
         for step in STEPS:
             row[f'IoU at {step}'] = spread(i.get(str(step)) for i in ious)
@@ -391,7 +390,6 @@ def make_table(records: Iterable[dict]) -> str:
         row['diverged or failed'] = len(runs) - len(ended)
         row['parameters, M'] = f'{runs[0]["parameters"] / 1e6:.2f}'
         row['multiply-adds, M'] = f'{runs[0]["multiply_adds"] / 1e6:.0f}'
-        row['ms an iteration'] = spread(times, 0)
         rows.append(row)
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
 
