@@ -5,9 +5,12 @@ import importlib
 import platform
 import re
 import sys
+from collections.abc import Callable
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -19,6 +22,40 @@ PACKAGES = (
 )
 
 
+def command_line(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser for a tool; an error takes one line and exits with status 2."""
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = lambda text: parser.exit(2, f'{name}: {text}\n')
+    return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of whole numbers for the command line."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f'must be at least {least}, got {text!r}')
+        return int(text)
+
+    return parse
+
+
+def parse_shape(text: str, like: str) -> tuple[int, ...]:
+    """Read as many numbers as ``like`` has; one is enough for height and width."""
+    is_shape = re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', text)
+    numbers = tuple(map(int, text.split('x'))) if is_shape else ()
+    wanted = like.count('x') + 1
+    if wanted == 2 and len(numbers) == 1:
+        numbers *= 2
+    if len(numbers) != wanted:
+        raise argparse.ArgumentTypeError(f'must be like {like}, got {text!r}')
+    return numbers
+
+
 def import_extra(name: str) -> ModuleType:
     """Import what only tools need, or end with a sentence on how to get it."""
     try:
@@ -28,6 +65,13 @@ def import_extra(name: str) -> ModuleType:
         raise SystemExit(
             f"{tool} needs {name} ({error}): pip install 'clustr_mm[tools]'"
         ) from error
+
+
+def to_png(figure: Any) -> bytes:
+    """A figure of matplotlib as a PNG file."""
+    file = BytesIO()
+    figure.savefig(file, dpi=120, format='png')
+    return file.getvalue()
 
 
 def describe(error: BaseException) -> str:
@@ -47,20 +91,9 @@ def device_name(device: str) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
+def versions() -> str:
     """Versions of Python and of what is installed of ``PACKAGES``."""
     found = {each.metadata['Name']: each.version for each in metadata.distributions()}
     installed = {name: found[name] for name in PACKAGES if name in found}
-    return dict(python=platform.python_version(), **installed)
-
-
-def parse_shape(text: str, like: str) -> tuple[int, ...]:
-    """Read as many numbers as ``like`` has; one is enough for height and width."""
-    is_shape = re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', text)
-    numbers = tuple(map(int, text.split('x'))) if is_shape else ()
-    wanted = like.count('x') + 1
-    if wanted == 2 and len(numbers) == 1:
-        numbers *= 2
-    if len(numbers) != wanted:
-        raise argparse.ArgumentTypeError(f'must be like {like}, got {text!r}')
-    return numbers
+    installed['python'] = platform.python_version()
+    return ', '.join(f'{name} {number}' for name, number in installed.items())

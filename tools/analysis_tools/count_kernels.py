@@ -2,22 +2,22 @@
 
 Examples:
     count_kernels.py
-    count_kernels.py clustr-b swin-t --sizes 224 800x1344 --top 10
+    count_kernels.py clustr-b swin-t --sizes 224 800x1344
 """
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from backbones import find_backbone, presets
-from common import import_extra, parse_shape
+from common import command_line, import_extra, parse_shape
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -89,8 +89,8 @@ BASELINE = 'pvtv2-b2'
 
 
 @cache
-def count(name: str, size: tuple[int, int]) -> Counter:
-    """Kernels of one forward pass on one image, by the name of the operator."""
+def count(name: str, size: tuple[int, int]) -> int:
+    """Kernels of one forward pass on one image."""
     # Built with numbers: some backbones read theirs.
     model = find_backbone(name).build().eval()
     with FakeTensorMode(), torch.no_grad():
@@ -99,38 +99,28 @@ def count(name: str, size: tuple[int, int]) -> Counter:
         image = torch.empty(1, 3, *size, device='cuda')
         with count_kernels() as counts:
             model(image)
-    return counts
+    return counts.total()
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda text: parser.exit(2, f'count_kernels.py: {text}\n')
+    parser = command_line('count_kernels.py', __doc__)
     add, default = parser.add_argument, ['clustr-s', 'clustr-s-linear']
     known = f'presets ({", ".join(presets())}) or config files'
     add('backbones', nargs='*', default=default, help=known)
     size = partial(parse_shape, like='800x1344')
     add('--sizes', nargs='+', type=size, default=[(224, 224), (512, 512)])
-    add('--top', type=int, default=0, help='show the most frequent operators')
     args = parser.parse_args()
     tabulate = import_extra('tabulate').tabulate
-    rows, tops = [], []
-    for height, width in args.sizes:
-        for name in dict.fromkeys((BASELINE, *args.backbones)):
-            try:
-                counts, base = (count(n, (height, width)) for n in (name, BASELINE))
-            except ValueError as error:
-                parser.error(str(error))
-            ratio = counts.total() / base.total()
-            rows.append((f'{height}x{width}', name, counts.total(), ratio))
-            operators = ', '.join(f'{op} {n}' for op, n in counts.most_common(args.top))
-            tops.append(f'{name}, {height}x{width}: {operators}')
+    rows = []
+    for size, name in product(args.sizes, dict.fromkeys((BASELINE, *args.backbones))):
+        try:
+            number, base = count(name, size), count(BASELINE, size)
+        except ValueError as error:
+            parser.error(str(error))
+        rows.append(('x'.join(map(str, size)), name, number, number / base))
     head = ('input', 'backbone', 'kernels', f'/ {BASELINE}')
     print(tabulate(rows, head, 'pipe', floatfmt='.2f'))
-    if args.top:
-        print('', *tops, sep='\n')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ Example:
     kernel_resources.py --out docs/gpu.md
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import import_extra
+from common import command_line, import_extra
 
 from clustr_mm.files import write_whole
 
@@ -97,9 +96,7 @@ def measure(capability: int, channels: int, width: int, has_limits: bool) -> Row
 
 def main() -> int:
     """Print the table, and write it where asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line('kernel_resources.py', __doc__)
     parser.add_argument('--out', type=Path, help='Markdown file with the two markers')
     args = parser.parse_args()
     # Kernels that are interpreted are not compiled.
@@ -118,7 +115,7 @@ def main() -> int:
     print(table)
     if args.out:
         write_whole(args.out, f'\n{table}\n'.join((before, after)).encode())
-    return int(not all(fits(row) for row in rows))
+    return int(not all(map(fits, rows)))
 
 
 def fits(row: Row) -> bool:

@@ -5,7 +5,6 @@ Every operation of the forward and the backward pass runs on tensors without num
 Example: training_memory.py --inputs 4x512x512 --backbones clustr-s-linear
 """
 
-import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from unittest import mock
 
 import torch
 from backbones import Backbone, find_backbone
-from common import describe, import_extra, parse_shape
-from torch import Tensor, nn
+from common import command_line, describe, import_extra, parse_shape
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
@@ -57,8 +56,7 @@ def as_on_a_gpu(triton: bool) -> Iterator[None]:
     for module in (search, dpc_module):
         patches.append(mock.patch.object(module, 'may_read', lambda _: False))
     for name in ('layer_norm', 'softmax'):
-        wide = in_float32(getattr(F, name))
-        patches.append(mock.patch.object(F, name, wide))
+        patches.append(mock.patch.object(F, name, in_float32(getattr(F, name))))
     if triton:
         patches.append(mock.patch.object(search, 'find_kernel', lambda _: fake_kernel))
     with ExitStack() as stack:
@@ -76,23 +74,18 @@ def fake_kernel(queries: Tensor, keys: Tensor, width: int, *_: Tensor | None) ->
     return found
 
 
-def strip_numbers(model: nn.Module) -> None:
-    """Make parameters and buffers fake ones; call it in FakeTensorMode."""
-    for module in model.modules():
-        for values in (module._parameters, module._buffers):
-            for name, value in values.items():
-                if value is not None:
-                    kind = dict(dtype=value.dtype, requires_grad=value.requires_grad)
-                    values[name] = torch.empty(value.shape, **kind)
-
-
 def peak_memory(backbone: Backbone, shape: tuple[int, ...], triton: bool) -> int:
     """Bytes at the peak of a training step on images (batch, height, width)."""
     batch, *size = shape
     model = backbone.build()
     model.train()
     with FakeTensorMode(), as_on_a_gpu(triton):
-        strip_numbers(model)
+        for module in model.modules():
+            for values in (module._parameters, module._buffers):
+                for name, value in values.items():
+                    if value is not None:  # it loses its numbers
+                        new = torch.empty(value.shape, dtype=value.dtype)
+                        values[name] = new.requires_grad_(value.requires_grad)
         images = torch.empty(batch, 3, *size)
         tracker = MemTracker()
         tracker.track_external(model, images)
@@ -121,8 +114,7 @@ def plan(names: Sequence[str]) -> Iterator[tuple[str, Backbone, bool]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count and print a Markdown table; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.error = lambda text: parser.exit(2, f'training_memory.py: {text}\n')
+    parser = command_line('training_memory.py', __doc__)
     names = [BASELINE, 'clustr-s-linear', 'clustr-s']
     shapes = [(4, 512, 512), (2, 800, 1344)]
     add = parser.add_argument
@@ -152,11 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lines[-1].append(describe(error))
                 status = 1
     right = ('left', *('right' for _ in inputs))
-    print(
-        CAPTION,
-        tabulate(lines, ['backbone', *inputs], 'pipe', colalign=right),
-        sep='\n',
-    )
+    print(CAPTION)
+    print(tabulate(lines, ['backbone', *inputs], 'pipe', colalign=right))
     return status
 
 
