@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,43 +12,106 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 
-from clustr_mm import ClusTR
+import clustr_mm
 
-PAGE = (Path(__file__).parents[1] / 'docs/drop_in.md').read_text()
-SNIPPETS = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+PAGE = Path(__file__).parents[1] / 'docs/drop_in.md'
 
-#: The channels of the page, with less in between: a second per config. No stochastic
-#: depth: a dropped branch has no gradient.
-BACKBONE = dict(
-    _delete_=True,
-    type='ClusTR',
-    arch={**ClusTR.arch_zoo['tiny'], 'depths': [1] * 4, 'mlp_ratios': [1] * 4},
-    drop_path_rate=0.0,
+#: Channels of 'tiny' and 'small', which the page writes out.
+PAGE_DIMS = [64, 128, 256, 512]
+
+#: Small enough for a second per config; no two stages from which a head reads alone
+#: have the same channels.
+ARCH = dict(
+    embed_dims=[16, 32, 48, 64],
+    num_heads=[1, 2, 3, 4],
+    mlp_ratios=[1, 1, 1, 1],
+    depths=[1, 1, 1, 1],
+    sr_ratios=[8, 4, 2, 1],
 )
 
 #: An odd size, of which no stage makes a whole number, and a smaller one.
 SIZES = [(75, 91), (69, 66)]
 
+#: Input of the heads that are built for one size.
+POSE_SIZE = (256, 192)
 
-def read_table():
-    """The rows of the page: stock config to edits of its model."""
+RGB = {
+    'data_preprocessor.mean': [123.675, 116.28, 103.53],
+    'data_preprocessor.std': [58.395, 57.12, 57.375],
+    'data_preprocessor.bgr_to_rgb': True,
+}
+COCO = 'mmpose::body_2d_keypoint'
 
-    def read(text):
-        pairs = re.findall(r'`([\w.]+)=([^`]+)`', text)
-        return {key: ast.literal_eval(value) for key, value in pairs}
 
-    (rgb,) = re.findall(r'^RGB:.*?\n\n', PAGE, re.MULTILINE | re.DOTALL)
-    rows = re.findall(r'^\| `(mm[^`]+)` \| (.*) \|$', PAGE, re.MULTILINE)
+def edits(dims):
+    """What each stock config needs besides the backbone's type and arch."""
+    pyramid = {'neck.in_channels': dims}
+    dilated = {
+        'pretrained': None,
+        'decode_head.in_channels': dims[3],
+        'auxiliary_head.in_channels': dims[2],
+    }
+    multi_scale = {
+        'backbone.out_indices': (1, 2, 3),
+        'neck.in_channels': dims[1:],
+    }
+    last = {'head.in_channels': dims[3]}
     return {
-        stock: read(cell) | (read(rgb) if cell.endswith(', RGB') else {})
-        for stock, cell in rows
+        'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py': pyramid,
+        'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py': pyramid,
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py': pyramid,
+        'mmdet::atss/atss_r50_fpn_1x_coco.py': pyramid,
+        'mmdet::gfl/gfl_r50_fpn_1x_coco.py': pyramid,
+        'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py': pyramid | RGB,
+        'mmdet::yolof/yolof_r50-c5_8xb8-1x_coco.py': {
+            'neck.in_channels': dims[3],
+            **RGB,
+        },
+        'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py': multi_scale | RGB,
+        'mmdet::detr/detr_r50_8xb2-150e_coco.py': {
+            'backbone.out_indices': (3,),
+            'neck.in_channels': dims[3:],
+        },
+        'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py': multi_scale,
+        'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py': multi_scale,
+        'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py': {
+            'panoptic_head.in_channels': dims
+        },
+        'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py': {
+            'decode_head.in_channels': dims
+        },
+        'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py': {
+            'pretrained': None,
+            'decode_head.in_channels': dims,
+            'auxiliary_head.in_channels': dims[2],
+        },
+        'mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py': dilated,
+        'mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py': dilated,
+        'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512.py': {
+            **dilated,
+            'decode_head.c1_in_channels': dims[0],
+        },
+        'mmseg::point_rend/pointrend_r50_4xb4-160k_ade20k-512x512.py': {
+            'pretrained': None,
+            **pyramid,
+        },
+        'mmseg::setr/setr_vit-l_pup_8xb2-160k_ade20k-512x512.py': {
+            'decode_head.in_channels': dims[3],
+            'auxiliary_head': None,
+        },
+        'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py': {
+            'decode_head.in_channels': dims
+        },
+        f'{COCO}/topdown_heatmap/coco/td-hm_res50_8xb64-210e_coco-256x192.py': last,
+        f'{COCO}/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py': last,
+        f'{COCO}/rtmpose/coco/rtmpose-m_8xb256-420e_coco-256x192.py': last,
+        f'{COCO}/topdown_regression/coco/'
+        'td-reg_res50_rle-8xb64-210e_coco-256x192.py': last,
+        'mmpretrain::resnet/resnet50_8xb32_in1k.py': last,
     }
 
-
-TABLE = read_table()
-for_table = pytest.mark.parametrize('stock', TABLE, ids=lambda stock: Path(stock).stem)
 
 #: What makes a head cheaper, fits it to images as small as these, or lets an untrained
 #: one find something; not part of the page.
@@ -94,7 +158,19 @@ CHEAPER = {
 }
 
 
-def drop_in(folder, stock, model):
+def nest(flat):
+    """Turn dotted keys into dicts of dicts."""
+    nested = {}
+    for key, value in flat.items():
+        *parents, name = key.split('.')
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return nested
+
+
+def write_config(folder, stock, model):
     """Write the config file of a user, and load it."""
     path = folder / 'config.py'
     path.write_text(
@@ -105,11 +181,14 @@ def drop_in(folder, stock, model):
     return Config.fromfile(path)
 
 
-def nest(flat):
-    """Turn dotted keys into dicts of dicts."""
-    nested = Config()
-    nested.merge_from_dict(flat)
-    return nested.to_dict()
+def drop_in(folder, stock):
+    """Load a stock config with a small ClusTR and the edits of the page."""
+    # No stochastic depth: a dropped branch has no gradient.
+    model = {
+        'backbone': dict(_delete_=True, type='ClusTR', arch=ARCH, drop_path_rate=0.0),
+        **edits(ARCH['embed_dims'])[stock],
+    }
+    return write_config(folder, stock, model)
 
 
 def build(config):
@@ -118,42 +197,72 @@ def build(config):
     model = MODELS.build(config.model)
     # As the runner does; some heads leave parameters unset until then.
     model.init_weights()
-    assert isinstance(model.backbone, ClusTR)
+    assert isinstance(model.backbone, clustr_mm.ClusTR)
     return model
+
+
+def detection_sample(size, with_mask):
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    sample = DetDataSample(
+        metainfo=dict(img_id=0, img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
+    )
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor([[10.0, 8.0, 60.0, 48.0]]),
+        labels=torch.tensor([3]),
+    )
+    if with_mask:
+        masks = np.zeros((1, *size), np.uint8)
+        masks[0, 8:48, 10:60] = 1
+        sample.gt_instances.masks = BitmapMasks(masks, *size)
+    return sample
+
+
+def segmentation_sample(size):
+    from mmseg.structures import SegDataSample
+
+    labels = torch.zeros(1, *size, dtype=torch.long)
+    labels[:, 8:48, 10:60] = 3
+    sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+    sample.gt_sem_seg = PixelData(data=labels)
+    return sample
+
+
+def classification_sample(size):
+    from mmpretrain.structures import DataSample
+
+    return DataSample(metainfo=dict(img_shape=size)).set_gt_label(3)
+
+
+def pose_batch(size):
+    """Poses of mmpose's own tests; their targets are made for one input size."""
+    from mmpose.testing import get_packed_inputs
+
+    height, width = size
+    return get_packed_inputs(
+        img_shape=size,
+        input_size=(width, height),
+        heatmap_size=(-(-width // 32) * 8, -(-height // 32) * 8),
+    )
 
 
 def toy_batch(stock, sizes):
     """Make a batch as the dataloader of a stock config does."""
     toolbox = stock.split('::')[0]
-    if toolbox == 'mmdet':
-        from mmdet.testing import demo_mm_inputs
-
-        shapes = [(3, *size) for size in sizes]
-        return demo_mm_inputs(len(sizes), shapes, [2] * len(sizes), with_mask=True)
     if toolbox == 'mmpose':
-        from mmpose.testing import get_packed_inputs
-
-        height, width = sizes[0]
-        heatmap_size = -(-width // 32) * 8, -(-height // 32) * 8
-        return get_packed_inputs(
-            img_shape=sizes[0], input_size=(width, height), heatmap_size=heatmap_size
-        )
-    samples = []
-    if toolbox == 'mmpretrain':
-        from mmpretrain.structures import DataSample
-
-        sizes = [sizes[0]] * len(sizes)  # its images of a batch have one size
-        samples = [DataSample().set_gt_label(3) for _ in sizes]
-    for size in sizes if toolbox == 'mmseg' else ():
-        from mmseg.structures import SegDataSample
-
-        labels = PixelData(data=torch.randint(0, 150, (1, *size)))
-        metainfo = dict(img_shape=size, ori_shape=size)
-        samples.append(SegDataSample(metainfo=metainfo, gt_sem_seg=labels))
+        return pose_batch(sizes[0])
     inputs = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     if toolbox == 'mmpretrain':
-        inputs = torch.stack(inputs)
-    return dict(inputs=inputs, data_samples=samples)
+        # Its images of a batch have one size.
+        inputs = torch.stack([inputs[0]] * len(inputs))
+        sizes = [sizes[0]] * len(sizes)
+    make = dict(
+        mmdet=partial(detection_sample, with_mask='mask' in stock),
+        mmseg=segmentation_sample,
+        mmpretrain=classification_sample,
+    )[toolbox]
+    return dict(inputs=inputs, data_samples=[make(size) for size in sizes])
 
 
 def check_prediction(toolbox, sample, size):
@@ -174,15 +283,16 @@ def check_prediction(toolbox, sample, size):
         assert sample.pred_instances.scores.isfinite().all()
 
 
-@for_table
+@pytest.mark.parametrize('stock', edits(PAGE_DIMS), ids=lambda s: Path(s).stem)
 def test_stock_config_trains_and_predicts(stock, tmp_path):
-    config = drop_in(tmp_path, stock, {'backbone': BACKBONE, **TABLE[stock]})
+    toolbox = stock.split('::')[0]
+    config = drop_in(tmp_path, stock)
     for part, keys in CHEAPER.items():
         if part in stock:
             config.merge_from_dict({f'model.{key}': keys[key] for key in keys})
     model = build(config)
     # SimCC heads have one weight per position of the map; the others take any size.
-    sizes = [(256, 192)] if re.search('simcc|rtmpose', stock) else SIZES
+    sizes = [POSE_SIZE] if re.search('simcc|rtmpose', stock) else SIZES
 
     model.train()
     batch = model.data_preprocessor(toy_batch(stock, sizes), training=True)
@@ -200,15 +310,39 @@ def test_stock_config_trains_and_predicts(stock, tmp_path):
         predictions = model.test_step(toy_batch(stock, sizes[:1]))
     assert predictions
     for sample in predictions:
-        check_prediction(stock.split('::')[0], sample, sizes[0])
+        check_prediction(toolbox, sample, sizes[0])
 
 
-@for_table
+def page_table():
+    """Read the rows of the page: stock config to edits of its model."""
+    page = PAGE.read_text()
+
+    def read(text):
+        return {
+            key: ast.literal_eval(value)
+            for key, value in re.findall(r'`([\w.]+)=([^`]+)`', text)
+        }
+
+    (rgb,) = re.findall(r'^RGB:.*?\n\n', page, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r'^\| `(mm[^`]+)` \| (.*) \|$', page, re.MULTILINE)
+    return {
+        stock: read(cell) | (read(rgb) if cell.endswith(', RGB') else {})
+        for stock, cell in rows
+    }
+
+
+def test_table_of_the_page():
+    assert page_table() == edits(PAGE_DIMS)
+    for arch in ['tiny', 'small']:
+        assert clustr_mm.ClusTR.arch_zoo[arch]['embed_dims'] == PAGE_DIMS
+
+
+@pytest.mark.parametrize('stock', edits(PAGE_DIMS), ids=lambda s: Path(s).stem)
 def test_table_names_only_keys_that_change(stock):
     toolbox, path = stock.split('::')
     configs = Path(importlib.import_module(toolbox).__file__).parent / '.mim/configs'
     model = Config.fromfile(configs / path).model
-    for key, value in TABLE[stock].items():
+    for key, value in edits(PAGE_DIMS)[stock].items():
         old = model
         for name in key.split('.'):
             old = old.get(name)
@@ -216,21 +350,25 @@ def test_table_names_only_keys_that_change(stock):
         assert old != value or key.startswith('backbone.'), key
 
 
-def test_page_is_read_whole():
-    assert [re.search(r'mm\w+', text)[0] for text in SNIPPETS] == [
-        *('mmdet', 'mmseg', 'mmpose', 'mmpretrain')
-    ]
-    assert len(TABLE) == PAGE.count('\n| `mm') > 20
+SNIPPETS = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
+
+
+def test_page_has_a_config_for_each_toolbox():
+    bases = [re.search(r"'(\w+)::", snippet)[1] for snippet in SNIPPETS]
+    assert bases == ['mmdet', 'mmseg', 'mmpose', 'mmpretrain']
 
 
 @pytest.mark.parametrize('snippet', SNIPPETS, ids=lambda s: re.search(r'mm\w+', s)[0])
 def test_config_of_the_page(snippet, tmp_path):
     written = {}
     exec(snippet, written)
-    del written['model']['backbone']
-    assert written['model'] == nest(TABLE[written['_base_']])
-    (tmp_path / 'config.py').write_text(snippet)
-    config = Config.fromfile(tmp_path / 'config.py')
+    assert written['model'] == nest(edits(PAGE_DIMS)[written['_base_']]) | dict(
+        backbone=dict(_delete_=True, type='ClusTR', arch='small')
+    )
+
+    path = tmp_path / 'config.py'
+    path.write_text(snippet)
+    config = Config.fromfile(path)
     model = build(config).eval()
     with torch.no_grad():
         model(torch.zeros(1, 3, 64, 64), None)
@@ -243,22 +381,27 @@ def test_config_of_the_page(snippet, tmp_path):
         assert part.get('eta_min', 0) < optimizer.defaults['lr']
 
 
-@pytest.mark.parametrize(
-    ('stock', 'model', 'message'),
-    [
-        (
-            'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py',
-            {'backbone': BACKBONE, 'pretrained': 'open-mmlab://resnet50_v1c'},
-            'pretrained',
-        ),
-        (
-            'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-            {'backbone': dict(type='ClusTR')},
-            "unexpected keyword argument .*'depth', .*_delete_=True",
-        ),
-    ],
-)
-def test_keys_of_the_old_backbone_must_go(tmp_path, stock, model, message):
-    config = drop_in(tmp_path, stock, model)
-    with pytest.raises(TypeError, match=message):
+def test_pretrained_of_mmseg_must_go(tmp_path):
+    stock = 'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+    config = drop_in(tmp_path, stock)
+    config.model.pretrained = 'open-mmlab://resnet50_v1c'
+    with pytest.raises(TypeError, match='pretrained'):
         build(config)
+
+
+def test_keys_of_the_old_backbone_must_go(tmp_path):
+    stock = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+    config = write_config(tmp_path, stock, {'backbone': dict(type='ClusTR')})
+    with pytest.raises(
+        TypeError, match="unexpected keyword argument .*'depth', .*_delete_=True"
+    ):
+        build(config)
+
+
+def test_wrong_channels_fail(tmp_path):
+    stock = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+    config = drop_in(tmp_path, stock)
+    config.model.neck.in_channels = PAGE_DIMS
+    model = build(config).eval()
+    with pytest.raises(RuntimeError, match='channels'):
+        model(torch.zeros(1, 3, 64, 64))
