@@ -77,6 +77,12 @@ def test_curves_of_a_drawn_picture(folder):
         number = hw[0] * hw[1]
         assert hw == sides and tokens.shape == (1, number, 8 * stage)
         curves = tool.measure(tokens, hw, [number + 1, 14, number, 4])
+        assert list(curves) == [
+            'DPC-kNN',
+            'k-means, 1 step',
+            'k-means, 3 steps',
+            'grid',
+        ]
         for curve in curves.values():
             assert list(curve) == [4, 14, number]
             assert curve[number] == (number, 0)
@@ -114,6 +120,8 @@ def test_tool(folder, capsys):
     assert places == [['2', '16', '2'], ['1', '16', '2'], ['1', '200', '1']]
     values = [float(cell.split()[0]) for row in rows for cell in row[3:]]
     assert len(values) == 12 and all(0 < value < 1 for value in values)
+    red = (255, 0, 0)
+    assert (np.array(Image.open('new/curve.png').convert('RGB')) == red).all(-1).any()
 
     # The weights are those of the checkpoint, and the title says so.
     torch.manual_seed(0)
@@ -124,11 +132,15 @@ def test_tool(folder, capsys):
     tool.main([*common, '--checkpoint', 'weights.pth', '--out', 'new'])
     trained = Path('new/cluster_curve.md').read_text()
     assert 'config, weights of weights.pth;' in trained and 'UNTRAINED' not in trained
-    assert table.splitlines()[-1] != trained.splitlines()[-1]
-    pictures = [Image.open(f'new/{name}.png') for name in ('curve', 'cluster_curve')]
-    # A title in red warns of random weights.
-    red = [(np.array(p.convert('RGB')) == (255, 0, 0)).all(-1).any() for p in pictures]
-    assert red == [True, False]
+    pairs = zip(table.splitlines()[-3:], trained.splitlines()[-3:], strict=True)
+    assert all(random != row and random[:12] == row[:12] for random, row in pairs)
+    image = Image.open('new/cluster_curve.png').convert('RGB')
+    assert not (np.array(image) == red).all(-1).any()
+
+
+def test_average():
+    curves = [{4: (4, 0.5), 16: (15, 0.25)}, {4: (3, 0.25)}]
+    assert tool.average(curves) == {4: (3.5, 0.375), 16: (15, 0.25)}
 
 
 @pytest.mark.parametrize(
@@ -136,11 +148,12 @@ def test_tool(folder, capsys):
     [
         (['gone.png'], "there is no picture 'gone.png'"),
         (['--stages', '1', '4'], '--stages with clusters are [1, 2, 3], got 4'),
-        (['--counts', '9', '0'], "argument --counts: must be at least 1, got '0'"),
+        (['--counts', '9', '0'], '--counts must be at least 1, got 0'),
         (
             ['--counts', '101'],
             '--counts must have one up to 100, the tokens of small.png',
         ),
+        (['--size', '-1'], '--size must be at least 1, got -1'),
         (['--arch', 'tiny'], 'argument --arch: not allowed with argument --config'),
         (['--out', 'small.png'], '--out would replace the picture small.png'),
         (['--checkpoint', 'gone.pth'], "there is no checkpoint 'gone.pth'"),

@@ -27,30 +27,19 @@ def test_published_figures(arch):
 
 
 @pytest.mark.parametrize(
-    ('name', 'size', 'layers', 'attention', 'clustering'),
+    ('size', 'layers', 'attention', 'clustering'),
     [
-        ('clustr-s', (224, 224), 4.60, 0.865, 2.41),
-        ('clustr-s', (800, 1344), 98.6, 397, 1106),
-        ('clustr-s-w224', (512, 512), 24.0, 23.49, 7.31),
+        ((224, 224), 4.60, 0.865, 2.41),
+        ((512, 512), 24.0, 23.6, 65.8),
+        ((800, 1344), 98.6, 397, 1106),
     ],
 )
-def test_parts(name, size, layers, attention, clustering):
-    flops = count_flops(load_model(name)[1], *size)
+def test_parts_of_small(size, layers, attention, clustering):
+    flops = count_flops(ClusTR('small'), *size)
     parts = (flops.layers, flops.attention, flops.clustering)
     for count, expected in zip(parts, (layers, attention, clustering)):
         assert count / 1e9 == pytest.approx(expected, rel=0.005)
     assert flops.total == sum(parts)
-    # As published, with a scale less, are only those of the paper's clustering.
-    assert (flops.published is None) == (name != 'clustr-s')
-
-
-@pytest.mark.parametrize(
-    ('name', 'giga'), [('resnet-50', 4.09), ('swin-t', 4.5), ('pvtv2-b2', 4.0)]
-)
-def test_peers(name, giga):
-    flops = count_flops(load_model(name)[1], 224, 224)
-    assert flops.total / 1e9 == pytest.approx(giga, rel=0.02)
-    assert flops.clustering == 0
 
 
 def test_attention_of_dual_vit():
@@ -64,6 +53,16 @@ def test_attention_of_dual_vit():
             pairs = 2 * n[i] * s + s**2 if i < 2 else (n[i] + s) ** 2
             products += depth * dims * pairs
         assert count_flops(model, side, side).attention == 2 * products
+
+
+def test_windows_cost_less():
+    whole = count_flops(ClusTR('tiny'), 512, 512)
+    clusterer = dict(type='DPCKNN', window=224)
+    windowed = count_flops(ClusTR('tiny', clusterer=clusterer), 512, 512)
+    # 3 x 3 windows of stage 1 and 2 instead of one map.
+    assert windowed.clustering < whole.clustering / 8
+    assert windowed.layers == pytest.approx(whole.layers, rel=0.01)
+    assert windowed.published is None
 
 
 def test_linear_form():
@@ -94,6 +93,16 @@ def test_linear_form():
     # The limit does it: k-means alone leaves the growth quadratic.
     small, large = (count_flops(build(None), side, side) for side in (512, 1024))
     assert large.attention == 16 * small.attention
+
+
+@pytest.mark.parametrize(
+    ('name', 'giga'), [('resnet-50', 4.09), ('swin-t', 4.5), ('pvtv2-b2', 4.0)]
+)
+def test_peers(name, giga):
+    _, model = load_model(name)
+    flops = count_flops(model, 224, 224)
+    assert flops.total / 1e9 == pytest.approx(giga, rel=0.02)
+    assert flops.clustering == 0 and flops.published is None
 
 
 def test_by_hand():
@@ -134,6 +143,7 @@ def test_the_model_is_left_as_it_was():
     ('config', 'parts'),
     [
         ('mmdet/mask-rcnn_clustr-t_fpn_1x_coco.py', 31.32e6),
+        ('mmdet/retinanet_clustr-s_fpn_1x_coco.py', 32.41e6),
         ('mmseg/upernet_clustr-t_8xb2-160k_ade20k-512x512.py', 41.48e6),
         ('mmpose/td-hm_clustr-t_8xb64-210e_coco-wholebody-256x192.py', 14.07e6),
         ('mmpretrain/clustr-t_8xb128_in1k.py', 11_682_417),
@@ -164,6 +174,8 @@ def test_configs_that_are_none(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         load_model(str(path))
     assert '\n' not in str(error.value)
+    with pytest.raises(ValueError, match='config'):
+        load_model(str(path), whole=False)
 
 
 def test_command_line(tmp_path, capsys):
@@ -183,9 +195,9 @@ def test_command_line(tmp_path, capsys):
     ('arguments', 'message'),
     [
         (['nothing'], "unknown backbone 'nothing'"),
-        (['tiny', '--shape', '0', '5'], "at least 1, got '0'"),
+        (['tiny', '--shape', '0', '5'], 'at least 1 x 1, got 0 x 5'),
         (['tiny', '--shape', '1', '2', '3'], 'one or two numbers'),
-        (['tiny', '--out', 'nowhere/a.json'], 'nowhere/'),
+        (['tiny', '--out', 'nowhere/a.json'], 'there is no folder nowhere'),
     ],
 )
 def test_errors_take_one_line(capsys, arguments, message):

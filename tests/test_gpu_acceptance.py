@@ -57,8 +57,9 @@ def test_quick_with_torch_and_mmengine_alone(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = read(tmp_path)
     assert report.keys() == {'about', 'parts', 'complete'} and report['complete']
-    assert report['about'].keys() == {'date', 'card', 'quick', 'cuda', 'versions'}
-    assert f'torch {torch.__version__.split("+")[0]}' in report['about']['versions']
+    about = {'date', 'card', 'quick', 'cuda', 'triton', 'commit', 'versions'}
+    assert report['about'].keys() == about
+    assert report['about']['versions']['torch'] == torch.__version__.split('+')[0]
     assert [part['part'] for part in report['parts']] == list(range(1, 9))
     skipped = 'skipped: needs a GPU'
     for part in report['parts']:
@@ -89,8 +90,11 @@ def test_failed_parts_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
     arguments = ['--device', 'cpu', '--quick', '--out', str(tmp_path)]
     assert tool.main(arguments) == 1
     report = read(tmp_path)
-    statuses = [part['status'] for part in report['parts']]
-    assert statuses == ['failed', 'failed', 'passed']
+    assert [part['status'] for part in report['parts']] == [
+        'failed',
+        'failed',
+        'passed',
+    ]
     table = (tmp_path / 'gpu_acceptance.md').read_text()
     assert '| 1 | It breaks | failed |' in table
     assert 'RuntimeError: on purpose' in table and '| before | True |' in table
@@ -141,8 +145,9 @@ def test_peers_of_timm_or_none(monkeypatch):
     ('arguments', 'message'),
     [
         ([], 'PyTorch sees no GPU; --device cpu --quick tries the script'),
+        (['--device', 'tpu'], "invalid choice: 'tpu'"),
         (['--device', 'cpu', '--parts', '9'], 'invalid choice: 9'),
-        (['--device', 'cpu', '--out', __file__], '--out: '),
+        (['--device', 'cpu', '--out', __file__], f'cannot write to --out {__file__}'),
     ],
 )
 def test_refusals_take_a_line(capsys, arguments, message):

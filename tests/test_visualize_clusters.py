@@ -118,21 +118,22 @@ def test_point_of_a_shrunk_picture(photo, monkeypatch):
 
 def test_many_pictures(photo, capsys):
     (photo / 'broken.jpg').write_text('no')
-    Image.fromarray(make_picture(20)).save('low.jpg')
-    names = ['gone.jpg', 'photo.png', 'broken.jpg', 'low.jpg']
+    (photo / 'other').mkdir()
+    Image.fromarray(make_picture(20)).save('other/photo.jpg')
+    names = ['gone.jpg', 'photo.png', 'broken.jpg', 'other/photo.jpg']
     assert run(*names) == 1
     captured = capsys.readouterr()
     lines, errors = captured.out.splitlines(), captured.err.splitlines()
     assert [line[:11] for line in lines] == ['[2/4] wrote', '[4/4] wrote']
     assert errors[0] == "[1/4] there is no picture 'gone.jpg'"
     assert errors[1].startswith('[3/4] cannot read the picture broken.jpg: ')
-    assert len(errors) == 2
+    assert errors[2:] == ['2 of 4 failed']
     found = sorted(path.name for path in (photo / 'out').iterdir())
-    assert found == ['low_clusters.png', 'photo_clusters.png']
+    assert found == ['photo_clusters.png', 'photo_clusters_2.png']
 
     # The point is in one of the two.
-    assert run('photo.png', 'low.jpg', '--point', 5, 50) == 1
-    message = 'low.jpg: the point 5, 50 is outside the image of 90 x 20 pixels'
+    assert run('photo.png', 'other/photo.jpg', '--point', 5, 50) == 1
+    message = 'other/photo.jpg: the point 5, 50 is outside the image of 90 x 20 pixels'
     assert capsys.readouterr().err.splitlines()[0] == f'[2/2] {message}'
 
 
@@ -144,12 +145,17 @@ def test_many_pictures(photo, capsys):
             ['--block', 'x'],
             'argument --block: must be first, last or a number from 0, ',
         ),
+        (['--size', '0'], "argument --size: must be at least 1, got '0'"),
         (['--panel', '9'], "argument --panel: must be at least 32, got '9'"),
-        (['--arch', 'tiny'], 'argument --arch: not allowed with argument --config'),
-        (['--device', 'x'], ''),
+        (['--arch', 'tiny'], '--arch goes without --config, which says it'),
+        (['--device', 'x'], '--device x cannot be used here: '),
         (['--checkpoint', 'gone.pth'], "there is no checkpoint 'gone.pth'"),
         (['--out', 'photo.png'], '--out would replace the picture photo.png'),
-        (['b.png', '--out', 'c.png'], '--out c.png would get several pictures of one'),
+        (['b.png', '--out', 'c.png'], '--out must be a folder for many pictures, got'),
+        (
+            ['--cluster-window', '9', '--clusterer', 'grid'],
+            '--cluster-window goes without --clusterer grid',
+        ),
         ([], 'drawing needs matplotlib and scikit-image'),
     ],
 )

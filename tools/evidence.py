@@ -48,7 +48,7 @@ MAIN = (
 )
 BACKBONES = ('dpcknn', 'dualvit', 'linglo', 'stt', 'pvtv2', 'swin', 'resnet')
 CLUSTERED = ('dpcknn', 'kmeans3', 'grid')
-
+#: Whose networks are tested with each other's clusters; all have the same parameters.
 EXCHANGED = ('dpcknn', 'kmeans1', 'kmeans3', 'kmeans3-quarter', 'grid', 'sorted')
 
 #: Options for going on with the weights of another network for 200 iterations.

@@ -47,10 +47,16 @@ PEERS = {
 
 #: Other clusterings of ClusTR, by the suffix that asks for them.
 WAYS = {
-    'textbook': dict(clusterer=dict(type=TextbookDPCKNN)),
-    'linear': dict(clusterer=dict(type='KMeans'), max_clusters=49),
-    'grid': dict(clusterer=dict(type='GridCells')),
+    '-textbook': dict(clusterer=dict(type=TextbookDPCKNN)),
+    '-linear': dict(clusterer=dict(type='KMeans'), max_clusters=49),
+    '-grid': dict(clusterer=dict(type='GridCells')),
 }
+
+#: Our own backbones: <type>-<arch>, and what only some of them know.
+OURS = re.compile(
+    r'(?P<type>[a-z]+)-(?P<arch>[a-z0-9]+)'
+    r'(?:(-w(?P<window>[1-9]\d*))?(?P<textbook>-textbook)?|(?P<way>-linear|-grid))'
+)
 
 
 def our_types() -> dict[str, type[PyramidBackbone]]:
@@ -63,9 +69,13 @@ def presets() -> tuple[str, ...]:
     ours = []
     for name, cls in our_types().items():
         # Of several names of one size, the shortest.
-        archs = sorted(cls.arch_zoo, key=len, reverse=True)
-        ours += {id(cls.arch_zoo[arch]): f'{name}-{arch}' for arch in archs}.values()
-    return (*sorted(ours), *(f'clustr-s-{way}' for way in ('w224', *WAYS)), *PEERS)
+        sizes = {id(size): arch for arch, size in cls.arch_zoo.items()}
+        for arch, size in cls.arch_zoo.items():
+            if len(arch) < len(sizes[id(size)]):
+                sizes[id(size)] = arch
+        ours += [f'{name}-{arch}' for arch in sizes.values()]
+    ways = [f'clustr-s{way}' for way in ('-w224', *WAYS)]
+    return (*ours, *ways, *PEERS)
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,11 @@ def find_backbone(name: str) -> Backbone:
         name (str): One of :func:`presets`, where ClusTR takes the suffixes
             ``-w<pixels>`` (clustering in windows), ``-textbook``, ``-linear``
             (k-means, 49 coarse clusters at most) and ``-grid``; or the path of a
-            config whose ``model``, or the ``backbone`` in it, is a registered one.
+            config whose ``model``, or the ``backbone`` in it, is
+            a registered backbone.
+
+    Returns:
+        Backbone: How to build it.
 
     Raises:
         ValueError: If there is no such preset or no backbone in the file.
@@ -114,15 +128,14 @@ def find_backbone(name: str) -> Backbone:
     if name in PEERS:
         scope, cfg = PEERS[name]
         return Backbone(name, cfg, scope)
-    ways = '|'.join(WAYS)
-    preset = re.fullmatch(rf'(\w+)-(\w+?)(?:-w([1-9]\d*))?(?:-({ways}))?', name)
-    kind, arch, window, way = preset.groups() if preset else [None] * 4
-    cls = our_types().get(kind)
-    if cls and arch in cls.arch_zoo:
-        cfg = dict(type=cls.__name__, arch=arch, **WAYS.get(way, {}))
-        if window:
+    preset = OURS.fullmatch(name)
+    cls = preset and our_types().get(preset['type'])
+    if cls and preset['arch'] in cls.arch_zoo:
+        cfg = dict(type=cls.__name__, arch=preset['arch'])
+        cfg.update(WAYS.get(preset['way'] or preset['textbook'], {}))
+        if preset['window']:
             clusterer = cfg.get('clusterer', dict(type='DPCKNN'))
-            cfg['clusterer'] = dict(clusterer, window=int(window))
+            cfg['clusterer'] = dict(clusterer, window=int(preset['window']))
         return Backbone(name, cfg)
     if Path(name).is_file():
         return _of_config(Path(name))
@@ -138,16 +151,24 @@ def _of_config(path: Path) -> Backbone:
     cfg = model.get('backbone', model) if isinstance(model, dict) else {}
     if not isinstance(cfg, dict) or 'type' not in cfg:
         raise ValueError(f'{path} has no model.backbone, nor is its model a backbone')
-    imports = (config.get('custom_imports') or {}).get('imports') or ()
-    imports = (imports,) if isinstance(imports, str) else tuple(imports)
-    return Backbone(path.stem, cfg.to_dict(), config.get('default_scope'), imports)
+    custom_imports = config.get('custom_imports') or {}
+    imports = custom_imports.get('imports') or ()
+    return Backbone(
+        path.stem,
+        cfg.to_dict(),
+        config.get('default_scope'),
+        imports=(imports,) if isinstance(imports, str) else tuple(imports),
+    )
 
 
 def without_weights(cfg: Any) -> Any:
     """A copy of a config in which nothing asks for pretrained weights."""
     if isinstance(cfg, dict):
-        asks = ('init_cfg', 'pretrained')
-        return {k: without_weights(v) for k, v in cfg.items() if k not in asks}
+        return {
+            key: without_weights(value)
+            for key, value in cfg.items()
+            if key not in ('init_cfg', 'pretrained')
+        }
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(without_weights(value) for value in cfg)
     return cfg

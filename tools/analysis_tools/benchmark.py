@@ -45,10 +45,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Measurement, TaskSpec, timer
 
-from clustr_mm.files import shorten, write_whole
+from clustr_mm.files import write_whole
 from clustr_mm.ops import dpc_knn
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 #: What --operator compares; the first is what the others are measured by.
 OPERATORS = {'textbook': textbook_dpc_knn, 'dpc_knn': dpc_knn}
@@ -66,7 +66,7 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """Makes a row of a table, in a form that another process can be sent.
+    """What makes a row of a table, in a form that another process can be sent.
 
     Attributes:
         row (dict): Its section (a key of ``TITLES``), name, input, batch and mode.
@@ -87,9 +87,9 @@ class Pass:
         batch (int): Images at a time.
         size (tuple[int, int]): Their height and width.
         mode (str): 'forward' (evaluation mode, no gradients) or 'train' (training
-            mode, forward and backward pass, no optimizer).
-        device (str): 'cpu' or a CUDA device.
-        amp (str): 'bf16' or 'fp16' for autocast, or 'off'.
+            mode, forward and backward pass, no optimizer). Defaults to 'forward'.
+        device (str): 'cpu' or a CUDA device. Defaults to 'cpu'.
+        amp (str): 'bf16' or 'fp16' for autocast. Defaults to 'off'.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ def run_alone(case: Case, limit: float, threads: int) -> Row:
         torch.rand(512, 512).mm(torch.rand(512, 512))
         imports = peak_memory()
         if held := read_kib('self/status', 'VmData'):
-            most = int(held + limit)
+            most = int(held + limit * GIB) if limit < math.inf else -1
             resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         case.make()()
         return dict(MiB=(peak_memory() - imports) / MIB)
@@ -177,12 +177,8 @@ def run_alone(case: Case, limit: float, threads: int) -> Row:
         return dict(note=describe(error))
 
 
-def probe_cpu(case: Case) -> tuple[Callable | None, Row]:
-    """Run a case in a process of its own; what to time, and the memory it took.
-
-    It gets 80 % of the memory that is free: what takes more is skipped.
-    """
-    limit = 0.8 * (read_kib('meminfo', 'MemAvailable') or 2**50)
+def probe_cpu(case: Case, limit: float) -> tuple[Callable | None, Row]:
+    """Run a case in a process with ``limit`` GiB for it; what to time, and memory."""
     with ProcessPoolExecutor(1, get_context('spawn')) as pool:
         try:
             done = pool.submit(run_alone, case, limit, torch.get_num_threads())
@@ -192,7 +188,7 @@ def probe_cpu(case: Case) -> tuple[Callable | None, Row]:
                 note='skipped: its process was ended, maybe for lack of memory'
             )
     if found.get('note') == 'out of memory':
-        found['note'] = f'skipped: needs more than {limit / 2**30:.3g} GiB of memory'
+        found['note'] = f'skipped: needs more than {limit:.3g} GiB of memory'
     return (None if 'note' in found else case.make()), found
 
 
@@ -213,22 +209,27 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> list[Row]:
     """Measure cases of one input: the memory of each, then their times in turns."""
     rows, ready = [], []
     for case in cases:
-        print(*(case.row[key] for key in ('name', 'input', 'mode')), file=sys.stderr)
+        row = case.row
+        print(f'{row["name"]}, {row["input"]}, {row["mode"]} ...', file=sys.stderr)
         call = None
         try:
             if args.device == 'cpu':
-                call, found = probe_cpu(case)
+                call, found = probe_cpu(case, args.memory_limit)
             else:
                 call, found = probe_cuda(case.make, args.device)
         except Exception as error:
             found = dict(note=describe(error))
-        rows.append(case.row | found)
+        rows.append(row | found)
         ready += [(rows[-1], call, [])] if call else []
     for _ in range(args.warmup + args.rounds):
-        for _, call, times in ready:
-            start = timer()
-            call()
-            times.append(timer() - start)
+        for row, call, times in ready:
+            try:
+                start = timer()
+                call()
+                times.append(timer() - start)
+            except Exception as error:
+                row['note'] = describe(error)
+        ready = [entry for entry in ready if 'note' not in entry[0]]
     for row, _, times in ready:
         found = Measurement(1, times[args.warmup :], TaskSpec('', ''))
         row.update({'ms': 1e3 * found.median, '±': 1e3 * found.iqr / 2})
@@ -238,10 +239,12 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> list[Row]:
 
 def add_ratios(report: Row) -> None:
     """Compare every row with the baseline of its section on the same input."""
+    bases = {}
     for row in report['rows']:
-        same = {key: row[key] for key in ('section', 'input', 'mode')}
-        same['name'] = report['baselines'][row['section']]
-        base = next((r for r in report['rows'] if same.items() <= r.items()), {})
+        if row['name'] == report['baselines'][row['section']]:
+            bases[row['section'], row['input'], row['mode']] = row
+    for row in report['rows']:
+        base = bases.get((row['section'], row['input'], row['mode']), {})
         if 'ms' in row and 'ms' in base:
             row['speed'] = base['ms'] / row['ms']
         if row.get('MiB') and base.get('MiB'):
@@ -270,9 +273,11 @@ def to_markdown(report: Row) -> str:
 
 def draw(rows: Sequence[Row], title: str) -> bytes:
     """Draw time and memory of backbones over pixels, as a PNG file."""
-    figure = import_extra('matplotlib.figure').Figure(
-        figsize=(11, 5), layout='constrained'
-    )
+    import_extra('matplotlib')
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(11, 5), layout='constrained')
     names = list(dict.fromkeys(row['name'] for row in rows))
     ticks = {row['pixels']: row['input'] for row in rows}
     units = {'ms': 'time', 'MiB': 'peak memory without imports'}
@@ -288,6 +293,9 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
                 axis.plot(*zip(*line), style, markersize=4, label=f'{name}, {mode}')
         axis.set(xscale='log', yscale='log', title=units[unit], ylabel=unit)
         axis.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha='right')
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter('{x:g}')
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize='small', frameon=False)
     figure.suptitle(title)
@@ -295,17 +303,18 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line; what is wrong with it takes one line."""
     parser = command_line('benchmark.py', __doc__)
     default = ['clustr-s', 'clustr-s-w224', *PEERS]
     names = (
         f'presets ({", ".join(presets())}; -w<pixels> takes any number) or config '
         f'files; by default {" ".join(default)}, unless --operator is given'
     )
+    many = dict(nargs='+', default=[])
     size = dict(type=partial(parse_shape, like='800x1344'), metavar='SIZE')
     shape = dict(type=partial(parse_shape, like='1x16384x64'), metavar='BxNxC')
     add = parser.add_argument
-    add('--backbones', nargs='+', default=[], help=names)
+    add('--backbones', **many, help=names)
     add('--sizes', nargs='+', default=[(224, 224), (512, 512)], **size)
     add('--batch', type=at_least(1), default=1, help='images at a time')
     add('--mode', choices=('forward', 'train', 'both'), default='forward')
@@ -314,25 +323,45 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--rounds', type=at_least(1), default=10, help='timed calls of each')
     add('--warmup', type=at_least(0), default=2, help='calls before that')
     add('--baseline', help='one of the backbones, by default the first')
-    text = 'the clustering beside a textbook one'
-    add('--operator', nargs='+', default=[], help=text, **shape)
+    add('--operator', **many, **shape, help='the clustering beside a textbook one')
+    threads = torch.get_num_threads()
+    add('--threads', type=at_least(1), default=threads, help='of the CPU')
+    limit = dict(type=at_least(0.001, float), metavar='GIB')
+    limit['help'] = 'skip what needs more on the CPU; by default 80 %% of what is free'
+    add('--memory-limit', **limit)
     add('--out', type=Path, default=Path('work_dirs/benchmark'))
     args = parser.parse_args(argv)
     if not (args.backbones or args.operator):
         args.backbones = default
     try:
-        torch.empty(0, device=args.device)
         args.backbones = [find_backbone(name) for name in args.backbones]
-        names = [backbone.name for backbone in args.backbones] or [None]
-        asked = args.baseline or names[0]
-        if asked not in names:
-            raise ValueError(f'--baseline must be one of {names}, got {asked!r}')
-        args.baselines = dict(backbones=asked, operator='textbook')
+        args.baselines = find_baselines(args)
         args.out.mkdir(parents=True, exist_ok=True)
-    # Builds of PyTorch without a device raise AssertionError.
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        parser.error(shorten(error))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if args.memory_limit is None:
+        free = read_kib('meminfo', 'MemAvailable')
+        args.memory_limit = 0.8 * free / GIB if free else math.inf
     return args
+
+
+def find_baselines(args: argparse.Namespace) -> dict[str, str]:
+    """Name of the baseline of each section; refuses what cannot be compared."""
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', args.device):
+        raise ValueError(f'--device must be cpu or cuda, got {args.device!r}')
+    if args.device != 'cpu' and not torch.cuda.is_available():
+        raise ValueError('--device is cuda, but PyTorch sees no GPU')
+    names = [backbone.name for backbone in args.backbones]
+    if len(set(names)) < len(names):
+        raise ValueError(f'backbones must have different names, got {names}')
+    baseline = args.baseline or (names or [''])[0]
+    if Path(baseline).is_file():
+        baseline = Path(baseline).stem
+    if args.baseline and baseline not in names:
+        raise ValueError(
+            f'--baseline must be one of the backbones {names}, got {args.baseline!r}'
+        )
+    return dict(backbones=baseline, operator=[*OPERATORS][0])
 
 
 def plan(args: argparse.Namespace) -> Iterator[list[Case]]:
@@ -342,7 +371,10 @@ def plan(args: argparse.Namespace) -> Iterator[list[Case]]:
         row.update(input='x'.join(map(str, shape)))
         rest = (*shape, args.device)
         yield [
-            Case(dict(row, name=name), partial(make_operator, name, *rest))
+            Case(
+                dict(row, name=name),
+                partial(make_operator, name, *rest),
+            )
             for name in OPERATORS
         ]
     modes = ('forward', 'train') if args.mode == 'both' else (args.mode,)
@@ -359,13 +391,14 @@ def plan(args: argparse.Namespace) -> Iterator[list[Case]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, and return the exit status."""
     args = parse_args(argv)
+    torch.set_num_threads(args.threads)
     about = dict(
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         command=shlex.join(['benchmark.py', *(sys.argv[1:] if argv is None else argv)]),
         device=device_name(args.device),
-        threads=torch.get_num_threads(),
+        threads=args.threads,
         rounds=args.rounds,
-        versions=versions(),
+        versions=', '.join(f'{name} {number}' for name, number in versions().items()),
     )
     report = dict(about=about, baselines=args.baselines, rows=[])
 
@@ -384,7 +417,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 130
     rows = [r for r in report['rows'] if r['section'] == 'backbones' and 'ms' in r]
     if rows:
-        save('png', draw(rows, f'{about["device"]}, {about["threads"]} CPU threads'))
+        title = f'{about["device"]}, {args.threads} CPU threads'
+        save('png', draw(rows, title))
     print(to_markdown(report))
     print('wrote', *sorted(str(path) for path in args.out.glob('benchmark.*')))
     return status

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from statistics import fmean
 
-from common import at_least, command_line, import_extra, to_png
+from common import command_line, to_png
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 import clustr_mm.visualization as vis
@@ -33,12 +35,16 @@ Results = dict[int, dict[str, list[Curve]]]
 
 
 def find_targets(args: argparse.Namespace) -> list[Path]:
-    """Name the picture and the table; neither replaces a picture."""
+    """Refuse what cannot be, and name the picture and the table."""
+    for name, least in [('size', args.size), ('counts', min(args.counts))]:
+        if least < 1:
+            raise ValueError(f'--{name} must be at least 1, got {least}')
     out = args.out / 'cluster_curve' if args.out.is_dir() else args.out
-    name = out.name.removesuffix('.png')
+    name = out.name.removesuffix('.png').removesuffix('.md')
     targets = [out.with_name(f'{name}{ending}') for ending in ('.png', '.md')]
-    if targets[0].resolve() in [path.resolve() for path in args.images]:
-        raise ValueError(f'--out would replace the picture {targets[0]}')
+    for target in targets:
+        if target.resolve() in [path.resolve() for path in args.images]:
+            raise ValueError(f'--out would replace the picture {target}')
     return targets
 
 
@@ -86,8 +92,7 @@ def average(curves: list[Curve]) -> Curve:
 
 def draw(results: Results, title: str, colour: str) -> bytes:
     """Draw a panel for each stage, as a PNG file."""
-    size = (2 + 4.5 * len(results), 5)
-    figure = import_extra('matplotlib.figure').Figure(size, layout='constrained')
+    figure = Figure(figsize=(2 + 4.5 * len(results), 5), layout='constrained')
     panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
     for axis, (stage, curves) in zip(panels, results.items()):
         for i, (name, singles) in enumerate(curves.items()):
@@ -100,6 +105,8 @@ def draw(results: Results, title: str, colour: str) -> bytes:
         axis.set_yscale('log', nonpositive='mask')
         axis.set(xscale='log', title=f'stage {stage}, last block', xlabel='clusters')
         axis.set_xticks(counts := list(average(curves['grid'])), counts)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter('{x:g}')
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     panels[0].set_ylabel('unexplained variance, mean and each picture (thin)')
@@ -110,24 +117,23 @@ def draw(results: Results, title: str, colour: str) -> bytes:
 
 def to_markdown(results: Results, title: str, images: list[Path]) -> str:
     """Write the means as a table."""
-    names = ', '.join(path.name for path in images)
-    rows = []
+    lines = [
+        f'Unexplained variance of tokens, {title}.',
+        'In brackets the clusters given',
+    ]
+    lines[1] += f' where not as asked. Mean over {", ".join(p.name for p in images)}.'
+    lines += ['', f'| stage | clusters | pictures | {" | ".join(CLUSTERERS)} |']
+    lines += ['|--:' * (3 + len(CLUSTERERS)) + '|']
     for stage, curves in results.items():
-        means = {name: average(singles) for name, singles in curves.items()}
-        for asked in means['grid']:
+        means = [average(singles) for singles in curves.values()]
+        for asked in means[0]:
             pictures = sum(asked in single for single in curves['grid'])
-            row = dict(stage=stage, clusters=asked, pictures=pictures)
-            for name, mean in means.items():
-                given, lost = mean[asked]
+            cells = [f'| {stage} | {asked} | {pictures} |']
+            for given, lost in (mean[asked] for mean in means):
                 other = '' if given == asked else f' ({given:.4g})'
-                row[name] = f'{lost:.4f}{other}'
-            rows.append(row)
-    as_they_are = dict(disable_numparse=True, stralign='right')
-    table = import_extra('tabulate').tabulate(rows, 'keys', 'pipe', **as_they_are)
-    return (
-        f'Unexplained variance of tokens, {title}.\nIn brackets the clusters given '
-        f'where not as asked. Mean over {names}.\n\n{table}\n'
-    )
+                cells.append(f'{lost:.4f}{other} |')
+            lines.append(' '.join(cells))
+    return '\n'.join(lines) + '\n'
 
 
 def run(args: argparse.Namespace) -> None:
@@ -156,8 +162,9 @@ def run(args: argparse.Namespace) -> None:
     title = args.config.stem if args.config else f'ClusTR-{arch}'
     weights = args.checkpoint and f'weights of {args.checkpoint.name}'
     title += f', {weights or "UNTRAINED: random weights"}'
-    about = f'{title}; longer side at most {args.size}'
-    table = to_markdown(results, about, args.images)
+    table = to_markdown(
+        results, f'{title}; longer side at most {args.size}', args.images
+    )
     write_whole(targets[0], draw(results, title, 'black' if weights else 'red'))
     write_whole(targets[1], table.encode())
     print(f'\n{table}\nwrote {targets[0]} and {targets[1]}')
@@ -165,16 +172,16 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the tool; an error takes one line and exits with status 2."""
-    parser, counts = command_line('cluster_curve.py', __doc__), [16, 49, 196, 784]
-    add, whole = parser.add_argument, dict(type=at_least(1))
+    parser = command_line('cluster_curve.py', __doc__)
+    add, counts = parser.add_argument, [16, 49, 196, 784]
     add('images', nargs='+', type=Path, metavar='IMAGE')
     either = parser.add_mutually_exclusive_group().add_argument
     either('--config', type=Path, help='of a backbone or of a model that has it')
     either('--arch', choices=list(ClusTR.arch_zoo), help='without --config; tiny')
     add('--checkpoint', type=Path, help='without it weights are random')
-    add('--size', **whole, default=512, help='shrink to this longer side (512)')
+    add('--size', type=int, default=512, help='shrink to this longer side (512)')
     add('--stages', type=int, nargs='+', default=[1, 2], help='from 1 (1 2)')
-    add('--counts', **whole, nargs='+', default=counts, help='clusters (%(default)s)')
+    add('--counts', type=int, nargs='+', default=counts, help='clusters (%(default)s)')
     add('--out', type=Path, default='work_dirs/cluster_curve', help='gets .png and .md')
     args = parser.parse_intermixed_args(argv)
     try:

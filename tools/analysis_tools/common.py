@@ -33,27 +33,19 @@ def command_line(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of whole numbers for the command line."""
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """A type of numbers for the command line."""
 
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float('nan')
+        if not value >= least:
             raise argparse.ArgumentTypeError(f'must be at least {least}, got {text!r}')
-        return int(text)
+        return value
 
     return parse
-
-
-def parse_shape(text: str, like: str) -> tuple[int, ...]:
-    """Read as many numbers as ``like`` has; one is enough for height and width."""
-    is_shape = re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', text)
-    numbers = tuple(map(int, text.split('x'))) if is_shape else ()
-    wanted = like.count('x') + 1
-    if wanted == 2 and len(numbers) == 1:
-        numbers *= 2
-    if len(numbers) != wanted:
-        raise argparse.ArgumentTypeError(f'must be like {like}, got {text!r}')
-    return numbers
 
 
 def import_extra(name: str) -> ModuleType:
@@ -91,9 +83,20 @@ def device_name(device: str) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def versions() -> str:
+def versions() -> dict[str, str]:
     """Versions of Python and of what is installed of ``PACKAGES``."""
     found = {each.metadata['Name']: each.version for each in metadata.distributions()}
     installed = {name: found[name] for name in PACKAGES if name in found}
-    installed['python'] = platform.python_version()
-    return ', '.join(f'{name} {number}' for name, number in installed.items())
+    return dict(python=platform.python_version(), **installed)
+
+
+def parse_shape(text: str, like: str) -> tuple[int, ...]:
+    """Read as many numbers as ``like`` has; one is enough for height and width."""
+    is_shape = re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', text)
+    numbers = tuple(map(int, text.split('x'))) if is_shape else ()
+    wanted = like.count('x') + 1
+    if wanted == 2 and len(numbers) == 1:
+        numbers *= 2
+    if len(numbers) != wanted:
+        raise argparse.ArgumentTypeError(f'must be like {like}, got {text!r}')
+    return numbers

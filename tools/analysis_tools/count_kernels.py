@@ -2,7 +2,7 @@
 
 Examples:
     count_kernels.py
-    count_kernels.py clustr-b swin-t --sizes 224 800x1344
+    count_kernels.py clustr-b swin-t --sizes 224 800x1344 --top 10
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -89,8 +88,8 @@ BASELINE = 'pvtv2-b2'
 
 
 @cache
-def count(name: str, size: tuple[int, int]) -> int:
-    """Kernels of one forward pass on one image."""
+def count(name: str, size: tuple[int, int]) -> Counter:
+    """Kernels of one forward pass on one image, by the name of the operator."""
     # Built with numbers: some backbones read theirs.
     model = find_backbone(name).build().eval()
     with FakeTensorMode(), torch.no_grad():
@@ -99,7 +98,7 @@ def count(name: str, size: tuple[int, int]) -> int:
         image = torch.empty(1, 3, *size, device='cuda')
         with count_kernels() as counts:
             model(image)
-    return counts.total()
+    return counts
 
 
 def main() -> None:
@@ -110,17 +109,24 @@ def main() -> None:
     add('backbones', nargs='*', default=default, help=known)
     size = partial(parse_shape, like='800x1344')
     add('--sizes', nargs='+', type=size, default=[(224, 224), (512, 512)])
+    add('--top', type=int, default=0, help='show the most frequent operators')
     args = parser.parse_args()
     tabulate = import_extra('tabulate').tabulate
-    rows = []
-    for size, name in product(args.sizes, dict.fromkeys((BASELINE, *args.backbones))):
-        try:
-            number, base = count(name, size), count(BASELINE, size)
-        except ValueError as error:
-            parser.error(str(error))
-        rows.append(('x'.join(map(str, size)), name, number, number / base))
+    rows, tops = [], []
+    for height, width in args.sizes:
+        for name in dict.fromkeys((BASELINE, *args.backbones)):
+            try:
+                counts, base = (count(n, (height, width)) for n in (name, BASELINE))
+            except ValueError as error:
+                parser.error(str(error))
+            ratio = counts.total() / base.total()
+            rows.append((f'{height}x{width}', name, counts.total(), ratio))
+            operators = ', '.join(f'{op} {n}' for op, n in counts.most_common(args.top))
+            tops.append(f'{name}, {height}x{width}: {operators}')
     head = ('input', 'backbone', 'kernels', f'/ {BASELINE}')
     print(tabulate(rows, head, 'pipe', floatfmt='.2f'))
+    if args.top:
+        print('', *tops, sep='\n')
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ Examples:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from backbones import find_backbone, presets, without_weights
-from common import at_least, command_line, import_extra
+from common import command_line, import_extra
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
@@ -71,8 +71,9 @@ class Flops:
         parameters (int): Of the model.
         layers (int): Linear layers and convolutions.
         attention (int): Queries times keys, and weights times values.
-        clustering (int): Squared distances: of all pairs of tokens for DPC-kNN,
-            N * N * C; of tokens and means for k-means, N * M * C in every step.
+        clustering (int): Squared distances that the clustering looks at: of all
+            pairs of tokens for DPC-kNN, N * N * C as the definition has it; of
+            tokens and means for k-means, N * M * C in every step.
         published (int, optional): What the paper's figures count: the layers and the
             products of the coarse scale. (Inferred: they are met within 0.5 %, and
             PVT's script, which knows one scale, counts so.) None for other models and
@@ -103,7 +104,12 @@ def count_flops(
     result. What does not depend on numbers is counted on the meta device, in no time.
     In two-stage detectors the counts depend on the number of proposals, which for
     random weights is near its limit.
+
+    Raises:
+        ValueError: If a side of the image is below 1.
     """
+    if height < 1 or width < 1:
+        raise ValueError(f'the image must be at least 1 x 1, got {height} x {width}')
     parameters = sum(p.numel() for p in model.parameters())
     channels = getattr(getattr(model, 'backbone', model), 'in_channels', 3)
     device = 'cpu' if needs_numbers(model) else 'meta'
@@ -126,16 +132,16 @@ def count_flops(
         else:
             layers += count // 2
     flops = Flops(name, height, width, parameters, layers, products, sum(clustering))
-    # The paper clusters whole maps, without a limit.
-    papers = all(
-        isinstance(each.clusterer, DPCKNN)
-        and each.clusterer.window is None
-        and each.max_clusters is None
-        for each in attentions
-    )
-    if isinstance(model, ClusTR) and papers:
+    if isinstance(model, ClusTR) and all(map(_is_papers, attentions)):
         flops.published = layers + _coarse_products(model, height, width)
     return flops
+
+
+def _is_papers(attention: ClusteredAttention) -> bool:
+    """Whether it clusters as the paper does: whole maps, without a limit."""
+    clusterer = attention.clusterer
+    whole = isinstance(clusterer, DPCKNN) and clusterer.window is None
+    return whole and attention.max_clusters is None
 
 
 def _coarse_products(backbone: ClusTR, height: int, width: int) -> int:
@@ -203,6 +209,7 @@ def load_model(name: str, whole: bool = True) -> tuple[str, nn.Module]:
         name (str): A preset of :func:`backbones.presets`, an ``arch`` of ClusTR
             ('tiny', 's', 'b2', ...), or the path of a config.
         whole (bool): Whether a config gives the whole model or its backbone.
+            Defaults to True.
 
     Returns:
         tuple[str, nn.Module]: Its name in tables, and the model.
@@ -213,23 +220,31 @@ def load_model(name: str, whole: bool = True) -> tuple[str, nn.Module]:
     """
     if name in ClusTR.arch_zoo:
         return name, ClusTR(name)
-    path, config = Path(name), {}
-    if whole and path.is_file():
-        config = read_config(path)
-        if not isinstance(config.get('model'), dict) or 'type' not in config.model:
-            raise ValueError(f'{path} has no model')
+    if whole and Path(name).is_file():
+        label, build = Path(name).stem, model_of(name)
     else:
         backbone = find_backbone(name)
+        label, build = backbone.name, backbone.build
     try:
-        if not config:
-            return backbone.name, backbone.build()
-        if config.get('default_scope'):
-            init_default_scope(config.default_scope)
-        cfg = ConfigDict(without_weights(config.model.to_dict()))
-        return path.stem, MODELS.build(cfg)
+        return label, build()
     # What a config of somebody's raises may be anything.
     except Exception as error:
         raise ValueError(f'cannot build {name}: {shorten(error)}') from error
+
+
+def model_of(path: str) -> Callable[[], nn.Module]:
+    """What builds the model of a config, without weights."""
+    config = read_config(Path(path))
+    model = config.get('model')
+    if not isinstance(model, dict) or 'type' not in model:
+        raise ValueError(f'{path} has no model')
+
+    def build() -> nn.Module:
+        if config.get('default_scope'):
+            init_default_scope(config.default_scope)
+        return MODELS.build(ConfigDict(without_weights(model.to_dict())))
+
+    return build
 
 
 def to_markdown(rows: Sequence[Flops]) -> str:
@@ -251,27 +266,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_line('get_flops.py', __doc__)
     names = f'tiny, small, base, a preset ({", ".join(presets())}), or a config file'
     shape = 'height and width of the image, or one number for both (224)'
+    whole = 'count only the backbone of a config, not the whole model'
     add = parser.add_argument
     add('models', nargs='+', metavar='CONFIG|ARCH', help=names)
-    size = dict(type=at_least(1), nargs='+', default=[224], metavar='PIXELS')
-    add('--shape', help=shape, **size)
-    text = 'count only the backbone of a config, not the whole model'
-    add('--backbone', action='store_true', help=text)
+    add('--shape', type=int, nargs='+', default=[224], metavar='PIXELS', help=shape)
+    add('--backbone', action='store_true', help=whole)
     add('--out', type=Path, help='write the counts here, as JSON')
     args = parser.parse_args(argv)
     if len(args.shape) > 2:
         parser.error(f'--shape takes one or two numbers, got {args.shape}')
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f'there is no folder {args.out.parent}')
     rows = []
-    try:
-        for given in args.models:
+    for given in args.models:
+        try:
             name, model = load_model(given, whole=not args.backbone)
             rows.append(count_flops(model, args.shape[0], args.shape[-1], name))
-        print(to_markdown(rows), end='')
-        if args.out:
-            text = json.dumps([asdict(row) for row in rows], indent=2) + '\n'
-            write_whole(args.out, text.encode())
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        except ValueError as error:
+            parser.error(str(error))
+    print(to_markdown(rows), end='')
+    if args.out:
+        text = json.dumps([asdict(row) for row in rows], indent=2) + '\n'
+        write_whole(args.out, text.encode())
 
 
 if __name__ == '__main__':

@@ -8,6 +8,8 @@ by `make gpu`; `--device cpu --quick` tries the script.
 import importlib.util
 import json
 import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from datetime import datetime, timezone
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
@@ -24,14 +27,14 @@ from benchmark import OPERATORS, Pass, make_operator, probe_cuda, smooth_noise
 from common import command_line, describe, device_name, versions
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer
 
 from clustr_mm import ClusTR
 from clustr_mm.files import write_whole
 from clustr_mm.ops import dpc_knn, kmeans, search
 from clustr_mm.ops.backend import VARIABLE
 
-MODELS = {'DPC-kNN': {}, 'linear': WAYS['linear']}
+MODELS = {'DPC-kNN': {}, 'linear': WAYS['-linear']}
 BASELINE = 'pvtv2-b2'
 #: Names of peers in timm.
 TIMM = {'pvtv2-b2': 'pvt_v2_b2', 'swin-t': 'swin_tiny_patch4_window7_224'}
@@ -130,8 +133,9 @@ def check_no_waiting(run: Run) -> Iterator[Row]:
         model, error = run.model(**options).train(train), ''
         with torch.set_grad_enabled(train):
             model(images)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode('error')
             try:
-                torch.cuda.set_sync_debug_mode('error')
                 model(images)
             except RuntimeError as caught:
                 error = describe(caught)
@@ -222,9 +226,25 @@ def measure_backbones(run: Run) -> Iterator[Row]:
 
 
 def median_ms(call: Callable[[], object], run: Run) -> float:
-    """Median duration, after a warm-up."""
-    once = Timer('call()', globals=dict(call=call))
-    return 1e3 * once.blocked_autorange(min_run_time=0.01 if run.quick else 2).median
+    """Median duration after a warm-up, by CUDA events on a GPU."""
+
+    def once() -> float:
+        start = timer()
+        call()
+        return 1e3 * (timer() - start)
+
+    for _ in range(1 if run.quick else 3):
+        passed = once()
+    rounds = 2 if run.quick else max(3, min(20, int(2000 / passed)))
+    if not run.cuda:
+        return median(once() for _ in range(rounds))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return median(a.elapsed_time(b) for a, b in zip(events, events[1:]))
 
 
 def measure_operator(run: Run) -> Iterator[Row]:
@@ -232,13 +252,15 @@ def measure_operator(run: Run) -> Iterator[Row]:
     for batch, length in [(1, 256)] if run.quick else [(1, 16384), (4, 3136)]:
         shape = (batch, length, 64)
         calls = {name: make_operator(name, *shape, run.device) for name in OPERATORS}
-        x = torch.randn(shape).to(run.device)
-        calls['cdist and topk alone'] = partial(brute_force, x)
         times = {name: median_ms(call, run) for name, call in calls.items()}
+        x = torch.randn(shape).to(run.device)
+        brute_force = partial(lambda x: torch.cdist(x, x).topk(5, largest=False), x)
+        times['cdist and topk alone'] = median_ms(brute_force, run)
         for name, ms in times.items():
             speed = times['textbook'] / ms
             yield dict(what=name, input=str(shape), ms=ms, speed_ratio=speed)
-    total, size = 0.0, ((96, 64) if run.quick else (800, 1344))
+    total = 0.0
+    size = (96, 64) if run.quick else (800, 1344)
     for depth, stride, channels in [(3, 4, 64), (5, 8, 128), (13, 16, 256)]:
         maps = smooth_noise(1, channels, *(side // stride for side in size))
         tokens = F.layer_norm(maps.flatten(2).transpose(1, 2), (channels,))
@@ -249,11 +271,6 @@ def measure_operator(run: Run) -> Iterator[Row]:
         shape = f'{depth} x {tuple(tokens.shape)}, {counts}'
         yield dict(what='clusterings of a stage', input=shape, ms=ms)
     yield dict(what='all clusterings of an image', ms=total)
-
-
-def brute_force(tokens: Tensor) -> object:
-    """The nearest five of all tokens, by all distances."""
-    return torch.cdist(tokens, tokens).topk(5, largest=False)
 
 
 def train(run: Run, device: str) -> list[float]:
@@ -307,6 +324,22 @@ PARTS = [
 NEED_GPU = (check_no_waiting, check_graphs)
 
 
+def about(run: Run) -> Row:
+    """What the results were taken on."""
+    found = dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    found.update(card=device_name(run.device), quick=run.quick, cuda=torch.version.cuda)
+    folder = shlex.quote(str(Path(__file__).parent))
+    commands = {'commit': f'git -C {folder} describe --always --dirty'}
+    if run.cuda:
+        found['capability'] = '.'.join(map(str, torch.cuda.get_device_capability()))
+        commands['driver'] = 'nvidia-smi --query-gpu=driver_version --format=csv'
+    for key, command in commands.items():
+        found[key] = subprocess.getoutput(f'{command} 2>/dev/null') or None
+    triton = importlib.util.find_spec('triton')
+    found['triton'] = importlib.import_module('triton').__version__ if triton else None
+    return {**found, 'versions': versions()}
+
+
 def run_part(run: Run, number: int) -> Row:
     """Run a part; nothing it may raise gets out."""
     check = PARTS[number - 1]
@@ -340,7 +373,7 @@ def to_markdown(report: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows of any keys as a Markdown table; tabulate may not be there."""
+    """Rows of any keys as a Markdown table."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, ['---'] * len(keys)]
     for row in rows:
@@ -364,13 +397,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f'--out: {error}')
+        parser.error(f'cannot write to --out {args.out}: {error.strerror}')
     torch.set_num_threads(1)  # what runs on the CPU is small
     run = Run(args.device, args.quick, args.device == 'cuda')
-    about = dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
-    about.update(card=device_name(args.device), cuda=torch.version.cuda)
-    about.update(quick=args.quick, versions=versions())
-    report = dict(about=about, parts=[])
+    report = dict(about=about(run), parts=[])
     for number in args.parts:
         report['parts'].append(run_part(run, number))
         # Written each time: the next part may take the process down.

@@ -115,7 +115,7 @@ def main() -> int:
     print(table)
     if args.out:
         write_whole(args.out, f'\n{table}\n'.join((before, after)).encode())
-    return int(not all(map(fits, rows)))
+    return int(not all(fits(row) for row in rows))
 
 
 def fits(row: Row) -> bool:

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from backbones import Backbone, find_backbone
 from common import command_line, describe, import_extra, parse_shape
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
@@ -56,7 +56,8 @@ def as_on_a_gpu(triton: bool) -> Iterator[None]:
     for module in (search, dpc_module):
         patches.append(mock.patch.object(module, 'may_read', lambda _: False))
     for name in ('layer_norm', 'softmax'):
-        patches.append(mock.patch.object(F, name, in_float32(getattr(F, name))))
+        wide = in_float32(getattr(F, name))
+        patches.append(mock.patch.object(F, name, wide))
     if triton:
         patches.append(mock.patch.object(search, 'find_kernel', lambda _: fake_kernel))
     with ExitStack() as stack:
@@ -74,18 +75,23 @@ def fake_kernel(queries: Tensor, keys: Tensor, width: int, *_: Tensor | None) ->
     return found
 
 
+def strip_numbers(model: nn.Module) -> None:
+    """Make parameters and buffers fake ones; call it in FakeTensorMode."""
+    for module in model.modules():
+        for values in (module._parameters, module._buffers):
+            for name, value in values.items():
+                if value is not None:
+                    kind = dict(dtype=value.dtype, requires_grad=value.requires_grad)
+                    values[name] = torch.empty(value.shape, **kind)
+
+
 def peak_memory(backbone: Backbone, shape: tuple[int, ...], triton: bool) -> int:
     """Bytes at the peak of a training step on images (batch, height, width)."""
     batch, *size = shape
     model = backbone.build()
     model.train()
     with FakeTensorMode(), as_on_a_gpu(triton):
-        for module in model.modules():
-            for values in (module._parameters, module._buffers):
-                for name, value in values.items():
-                    if value is not None:  # it loses its numbers
-                        new = torch.empty(value.shape, dtype=value.dtype)
-                        values[name] = new.requires_grad_(value.requires_grad)
+        strip_numbers(model)
         images = torch.empty(batch, 3, *size)
         tracker = MemTracker()
         tracker.track_external(model, images)
@@ -144,8 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lines[-1].append(describe(error))
                 status = 1
     right = ('left', *('right' for _ in inputs))
-    print(CAPTION)
-    print(tabulate(lines, ['backbone', *inputs], 'pipe', colalign=right))
+    print(
+        CAPTION,
+        tabulate(lines, ['backbone', *inputs], 'pipe', colalign=right),
+        sep='\n',
+    )
     return status
 
 

@@ -54,18 +54,15 @@ def parse_block(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line; an error takes one line."""
     parser = command_line('visualize_clusters.py', __doc__)
     add, pixels = parser.add_argument, dict(type=at_least(1), metavar='PIXELS')
     add('images', nargs='+', type=Path, metavar='IMAGE')
-    either = parser.add_mutually_exclusive_group().add_argument
-    either('--config', type=Path, help='of a backbone or of a model that has it')
-    either('--arch', choices=list(ClusTR.arch_zoo), help='without --config; tiny')
+    add('--config', type=Path, help='of a backbone or of a model that has it')
     add('--checkpoint', type=Path, help='without it weights are random')
-    either = parser.add_mutually_exclusive_group().add_argument
-    either('--clusterer', choices=CLUSTERERS, help="in place of the config's")
-    text = 'cluster by dpc-knn in windows of this side'
-    either('--cluster-window', **pixels, help=text)
+    add('--arch', choices=list(ClusTR.arch_zoo), help='without --config; tiny')
+    add('--clusterer', choices=CLUSTERERS, help="in place of the config's")
+    add('--cluster-window', **pixels, help='cluster by dpc-knn in windows of this side')
     add('--max-clusters', type=at_least(1), help='most coarse clusters of a stage')
     add('--size', **pixels, default=448, help='shrink to this longer side (448)')
     text = 'first, last or INDEX from 0, of the stages that have so many (last)'
@@ -82,12 +79,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 def find_targets(args: argparse.Namespace) -> list[Path]:
     """Name the result of each picture; none replaces another or a picture."""
-    kind = 'clusters' if args.point is None else 'attention'
-    targets = [args.out / f'{image.stem}_{kind}.png' for image in args.images]
     if args.out.suffix == '.png':
-        targets = [args.out] * len(targets)
-    if len(set(targets)) < len(targets):
-        raise ValueError(f'--out {args.out} would get several pictures of one name')
+        if len(args.images) > 1:
+            raise ValueError(
+                f'--out must be a folder for many pictures, got {args.out}'
+            )
+        targets = [args.out]
+    else:
+        kind = 'clusters' if args.point is None else 'attention'
+        targets = []
+        for image in args.images:
+            number, target = 1, args.out / f'{image.stem}_{kind}.png'
+            while target in targets:  # pictures of one name in two folders
+                number += 1
+                target = args.out / f'{image.stem}_{kind}_{number}.png'
+            targets.append(target)
     sources = {image.resolve() for image in args.images}
     for target in targets:
         if target.resolve() in sources:
@@ -98,8 +104,10 @@ def find_targets(args: argparse.Namespace) -> list[Path]:
 def find_stages(backbone: ClusTR, block: int) -> list[int]:
     """Stages, from 0, that have clusters and this block."""
     stages = clustered_stages(backbone)
+    if not stages:
+        raise ValueError('this backbone has no stage with clusters')
     depths = {stage: len(backbone.stages[stage].blocks) for stage in stages}
-    last = max(depths.values(), default=0) - 1
+    last = max(depths.values()) - 1
     if block > last:
         raise ValueError(f'--block must be first, last or up to {last}, got {block}')
     return [stage for stage in stages if block < depths[stage]]
@@ -107,6 +115,16 @@ def find_stages(backbone: ClusTR, block: int) -> list[int]:
 
 def build(args: argparse.Namespace) -> tuple[ClusTR, Pixels, str]:
     """Build the backbone, and say which it is."""
+    if args.config is not None and args.arch is not None:
+        raise ValueError('--arch goes without --config, which says it')
+    if args.cluster_window and args.clusterer not in (None, 'dpc-knn'):
+        raise ValueError(f'--cluster-window goes without --clusterer {args.clusterer}')
+    try:
+        torch.empty(0, device=args.device)
+    # Builds of PyTorch without a device raise AssertionError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        message = f'--device {args.device} cannot be used here: {shorten(error, 100)}'
+        raise ValueError(message) from error
     name = args.config.stem if args.config else f'ClusTR-{args.arch or "tiny"}'
     changes = {}
     if args.clusterer:
@@ -164,23 +182,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         backbone, pixels, name = build(args)
         find_stages(backbone, args.block)
         targets[0].parent.mkdir(parents=True, exist_ok=True)
-    # A device that is not there is a RuntimeError, or where PyTorch was built without
-    # it an AssertionError.
-    except (ImportError, ValueError, OSError, RuntimeError, AssertionError) as error:
-        parser.error(shorten(error))
+    except (ImportError, ValueError, OSError) as error:
+        parser.error(str(error))
 
     failed = 0
     for number, (path, target) in enumerate(zip(args.images, targets), 1):
-        place, start = f'[{number}/{len(targets)}]', time.monotonic()
+        place = f'[{number}/{len(targets)}] '
+        start = time.monotonic()
         try:
             write_whole(target, visualize(path, backbone, pixels, name, args))
         # PyTorch says by RuntimeError that memory is short.
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             failed += 1
-            print(place, shorten(error), file=sys.stderr, flush=True)
+            print(f'{place}{shorten(error)}', file=sys.stderr, flush=True)
         else:
-            took = time.monotonic() - start
-            print(f'{place} wrote {target}, took {took:.1f} s', flush=True)
+            took = f'took {time.monotonic() - start:.1f} s'
+            print(f'{place}wrote {target}, {took}', flush=True)
+    if failed and len(targets) > 1:
+        print(f'{failed} of {len(targets)} failed', file=sys.stderr)
     return 1 if failed else 0
 
 
