@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 
 from clustr_mm.evidence import ClassIoUMetric, CueTask, RandomGroups, SortedTokens
 from clustr_mm.evidence.cue_task import COLOURS, NOISE
@@ -258,6 +259,20 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, capsys):
     assert '4 runs, 3 finished before' in capsys.readouterr().out
     grown = [log.stat().st_size > size for log, size in zip(logs, sizes)]
     assert grown == [False, True, False, False]
+
+    # Pictures, labels, and what the two networks that left a checkpoint make of them.
+    evidence.main([*arguments[:5], '--predictions'])
+    assert Image.open(out / 'short-predictions.png').height == round(4 * 1.1 * 120)
+    with pytest.raises(SystemExit, match='no checkpoint of these runs in .*nowhere'):
+        evidence.main(
+            [
+                'short',
+                '--work-dir',
+                str(tmp_path / 'nowhere'),
+                *arguments[3:5],
+                '--predictions',
+            ]
+        )
 
 
 def record(variant, seed, ious, **more):

@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import statistics
@@ -26,14 +25,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from evaluate import last_error
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from mmengine.config import DictAction
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from tabulate import tabulate
 
 from clustr_mm.files import read_checkpoint, read_config, shorten, write_whole
@@ -41,7 +43,9 @@ from clustr_mm.files import read_checkpoint, read_config, shorten, write_whole
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'tools/analysis_tools'))
 
-PACKAGES = ('torch', 'mmengine', 'mmsegmentation', 'clustr_mm')
+from common import device_name, to_png, versions  # noqa: E402
+from get_flops import count_flops  # noqa: E402
+
 MAIN = (
     *('dpcknn', 'kmeans1', 'kmeans3', 'kmeans3-quarter', 'dpcknn-windows', 'grid'),
     *('sorted', 'random', 'all', 'none', 'strided'),
@@ -94,10 +98,14 @@ class Run:
         """Name of its folder."""
         return '_'.join(filter(None, [self.variant, self.point, f'seed{self.seed}']))
 
-    def find_weights(self, work_dir: Path) -> Path:
-        """The checkpoint of ``weights``; a path of none if it is not there yet."""
-        folder = work_dir / Run(self.weights, self.seed).name
+    def find_network(self, work_dir: Path) -> Path:
+        """The checkpoint that it left; a path of none if it is not there yet."""
+        folder = work_dir / self.name
         return next(folder.glob('iter_*.pth'), folder / 'iter.pth')
+
+    def find_weights(self, work_dir: Path) -> Path:
+        """The checkpoint that it begins with, as above."""
+        return Run(self.weights, self.seed).find_network(work_dir)
 
     @property
     def config(self) -> Path:
@@ -253,8 +261,6 @@ def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> di
 
 def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
     """Parameters of the whole network, and its multiply-adds for one picture."""
-    from get_flops import count_flops
-
     config = read_config(run.config)
     config.merge_from_dict({**run.options, **options})
     init_default_scope(config.default_scope)
@@ -267,12 +273,10 @@ def circumstances() -> dict[str, Any]:
     """Of what and where a run was made."""
     command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
     git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    info = Path('/proc/cpuinfo')
-    cpu = re.search('model name\t: (.*)', info.read_text()) if info.exists() else None
     return dict(
-        versions={name: version(name) for name in PACKAGES},
+        versions=versions(),
         commit=git.stdout.strip(),
-        machine=f'{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}',
+        machine=f'{os.cpu_count()} x {device_name("cpu")}',
     )
 
 
@@ -405,16 +409,11 @@ def put_table(page: Path, name: str, table: str) -> None:
 
 def draw(records: Sequence[dict], path: Path) -> None:
     """Draw target IoU over iterations: means, and from the worst to the best seed."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
     points = list(dict.fromkeys(record['point'] for record in records))
     variants = list(dict.fromkeys(record['variant'] for record in records))
     columns = min(4, len(points))
     rows = -(-len(points) // columns)
-    figure = plt.figure(figsize=(5 + 3 * columns, 2 + 3 * rows), layout='constrained')
+    figure = Figure((5 + 3 * columns, 2 + 3 * rows), layout='constrained')
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     lines = {}
     for (variant, point), runs in group(records).items():
@@ -423,7 +422,7 @@ def draw(records: Sequence[dict], path: Path) -> None:
         steps = sorted({step for curve in curves for step in curve}, key=int)
         values = [[curve[step] for curve in curves if step in curve] for step in steps]
         steps = [int(step) for step in steps]
-        colour = plt.get_cmap('tab20')(variants.index(variant))
+        colour = colormaps['tab20'](variants.index(variant))
         means = [statistics.mean(v) for v in values]
         (lines[variant],) = axis.plot(steps, means, '.-', color=colour)
         lows, highs = [min(v) for v in values], [max(v) for v in values]
@@ -433,10 +432,46 @@ def draw(records: Sequence[dict], path: Path) -> None:
     for axis in grid.flat[len(points) :]:
         axis.remove()
     figure.legend(lines.values(), lines, loc='outside right')
-    file = io.BytesIO()
-    figure.savefig(file, dpi=100, format='png')
-    plt.close(figure)
-    write_whole(path, file.getbuffer())
+    write_whole(path, to_png(figure))
+
+
+def draw_predictions(
+    runs: Iterable[Run], work_dir: Path, path: Path, number: int = 10
+) -> None:
+    """Draw pictures of the validation, their labels, and what networks make of them.
+
+    Of each network the first seed is taken that is finished and has a checkpoint.
+    """
+    from mmseg.apis import init_model
+
+    networks: dict[str, Run] = {}
+    for run in runs:
+        if read_record(run, work_dir) and run.find_network(work_dir).exists():
+            networks.setdefault(f'{run.variant} {run.point}'.strip(), run)
+    if not networks:
+        sys.exit(f'evidence.py: there is no checkpoint of these runs in {work_dir}')
+    rows = {}
+    for name, run in networks.items():
+        config = read_config(run.config)
+        config.merge_from_dict(dict(run.options))
+        model = init_model(config, str(run.find_network(work_dir)), 'cpu')
+        data = DATASETS.build(config.val_dataloader.dataset)
+        drawn = [data.draw(index) for index in range(number)]
+        colours = np.array(data.metainfo['palette'], np.uint8)
+        rows.setdefault('picture', [image for image, _ in drawn])
+        rows.setdefault('label', [colours[labels] for _, labels in drawn])
+        samples = model.test_step(pseudo_collate([data[i] for i in range(number)]))
+        rows[name] = [colours[sample.pred_sem_seg.data[0]] for sample in samples]
+    # Rows x columns of tiles, with a line of white around each.
+    border = [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)]
+    tiles = np.pad(np.array([*rows.values()]), border, constant_values=255)
+    side = tiles.shape[2]
+    figure = Figure((1.1 * number + 2, 1.1 * len(rows)), layout='constrained')
+    axis = figure.subplots()
+    axis.imshow(np.vstack([np.hstack([*row]) for row in tiles]))
+    axis.set_yticks([(row + 0.5) * side for row in range(len(rows))], rows)
+    axis.set(xticks=[], frame_on=False)
+    write_whole(path, to_png(figure))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -458,11 +493,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add('--out', type=Path, default=ROOT / 'docs/evidence')
     add('--table', action='store_true', help='only print tables, and fill <out>.md')
     add('--figure', action='store_true', help='only draw <out>/<list>.png')
+    add(
+        '--predictions',
+        action='store_true',
+        help='only draw what trained networks make of ten pictures, as '
+        '<out>/<list>-predictions.png',
+    )
     add('--cfg-options', nargs='+', action=DictAction, default={}, help='of all runs')
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f'--jobs must be at least 1, got {args.jobs}')
-    if not args.table and not args.figure:
+    if not (args.table or args.figure or args.predictions):
         # As on Ctrl-C, the trainings end with the driver.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit('evidence.py: stopped'))
         work_dir, out = args.work_dir.resolve(), args.out
@@ -476,6 +517,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not path.exists():
             parser.error(f'there is no {path}: train the list {name} first')
         records = json.loads(path.read_text())
+        if args.predictions:
+            drawing = args.out / f'{name}-predictions.png'
+            draw_predictions(make_lists()[name], args.work_dir, drawing)
         if args.figure:
             draw(records, path.with_suffix('.png'))
         if args.table:
