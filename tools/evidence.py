@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -265,7 +266,9 @@ def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
     config.merge_from_dict({**run.options, **options})
     init_default_scope(config.default_scope)
     size = config.train_dataloader.dataset.get('size', 96)
-    flops = count_flops(MODELS.build(config.model), size, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the toolbox's own, about its own names
+        flops = count_flops(MODELS.build(config.model), size, size)
     return dict(parameters=flops.parameters, multiply_adds=flops.total)
 
 
