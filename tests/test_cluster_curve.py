@@ -82,16 +82,21 @@ def test_curves_of_a_drawn_picture(folder):
             'k-means, 1 step',
             'k-means, 3 steps',
             'grid',
+            'sorted',
         ]
         for curve in curves.values():
             assert list(curve) == [4, 14, number]
             assert curve[number] == (number, 0)
         # Of a grid of 2 : 3 there are 3 x 4 cells.
-        assert [curve[14][0] for curve in curves.values()] == [14, 12, 12, 12]
+        assert [curve[14][0] for curve in curves.values()] == [14, 12, 12, 12, 14]
         for count in (4, 14):
-            dpc_knn, one, three, grid = (curve[count][1] for curve in curves.values())
+            dpc_knn, one, three, grid, cut = (
+                curve[count][1] for curve in curves.values()
+            )
             # k-means starts from the grid, and no step makes it worse.
             assert three < one < grid and three < 0.8 * grid
+            # One number a token tells less than all.
+            assert three < cut < 1
             # As if each count were the only scale.
             for clusterer, found in [(DPCKNN(), dpc_knn), (KMeans(3), three)]:
                 (labels,), *_ = clusterer(tokens, hw, [count])
@@ -119,7 +124,7 @@ def test_tool(folder, capsys):
     places = [[cell.strip('| ') for cell in row[:3]] for row in rows]
     assert places == [['2', '16', '2'], ['1', '16', '2'], ['1', '200', '1']]
     values = [float(cell.split()[0]) for row in rows for cell in row[3:]]
-    assert len(values) == 12 and all(0 < value < 1 for value in values)
+    assert len(values) == 15 and all(0 < value < 1 for value in values)
     red = (255, 0, 0)
     assert (np.array(Image.open('new/curve.png').convert('RGB')) == red).all(-1).any()
 

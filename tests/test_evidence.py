@@ -15,8 +15,9 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from clustr_mm.evidence import ClassIoUMetric, CueTask, RandomGroups, SortedTokens
+from clustr_mm.evidence import ClassIoUMetric, CueTask, RandomGroups
 from clustr_mm.evidence.cue_task import COLOURS, NOISE
+from clustr_mm.ops import SortedTokens
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = evidence.make_lists()

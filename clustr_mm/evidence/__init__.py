@@ -4,7 +4,7 @@ Needs MMSegmentation and scikit-image; ``import clustr_mm`` does not import it. 
 name it in ``custom_imports``. See docs/evidence.md.
 """
 
-from .clusterers import RandomGroups, SortedTokens
+from .clusterers import RandomGroups
 from .controls import ControlClusTR
 from .cue_task import CueTask
 from .metric import ClassIoUMetric
@@ -14,5 +14,4 @@ __all__ = [
     'ControlClusTR',
     'CueTask',
     'RandomGroups',
-    'SortedTokens',
 ]

@@ -1,7 +1,7 @@
 """Clustering operators of ClusTR, independent of the model."""
 
 from .backend import get_search_backend, set_search_backend
-from .clusterers import DPCKNN, GridCells, KMeans
+from .clusterers import DPCKNN, GridCells, KMeans, SortedTokens
 from .dpc_knn import dpc_knn
 from .kmeans import grid_cells, kmeans
 from .merge import Clusters, merge_tokens
@@ -11,6 +11,7 @@ __all__ = [
     'Clusters',
     'GridCells',
     'KMeans',
+    'SortedTokens',
     'dpc_knn',
     'get_search_backend',
     'grid_cells',

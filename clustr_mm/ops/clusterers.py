@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .dpc_knn import check_number, dpc_knn
 from .kmeans import grid_cells, kmeans
@@ -140,6 +141,32 @@ class GridCells(nn.Module):
     ) -> Clusters:
         """Find cells, see :mod:`.clusterers`; there may be fewer than wanted."""
         return Clusters(*grid_cells(tokens, hw, counts))
+
+
+@MODELS.register_module()
+class SortedTokens(nn.Module):
+    """Tokens sorted by their likeness to the mean token, and cut into equal parts.
+
+    The semantic equitable clustering of SECViT (arXiv 2405.13337): one cosine a
+    token. Tokens that differ from the mean in different ways share a part.
+    """
+
+    def forward(
+        self, tokens: Tensor, hw: tuple[int, int], counts: Sequence[int]
+    ) -> Clusters:
+        """Find the parts, see :mod:`.clusterers`."""
+        likeness = F.cosine_similarity(tokens, tokens.mean(dim=1, keepdim=True), dim=2)
+        return cut_order(likeness.argsort(dim=1, stable=True), counts)
+
+
+def cut_order(order: Tensor, counts: Sequence[int]) -> Clusters:
+    """Cut tokens in some order (B, N) into equal parts, for each scale.
+
+    The parts of a scale differ by at most one token.
+    """
+    ranks = order.argsort(dim=1)
+    length = order.shape[1]
+    return Clusters(tuple(ranks * count // length for count in counts), tuple(counts))
 
 
 def split_side(length: int, most: int) -> Iterator[tuple[int, int, int]]:

@@ -8,7 +8,15 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from clustr_mm import ClusTR
-from clustr_mm.ops import DPCKNN, GridCells, KMeans, dpc_knn, grid_cells, kmeans
+from clustr_mm.ops import (
+    DPCKNN,
+    GridCells,
+    KMeans,
+    SortedTokens,
+    dpc_knn,
+    grid_cells,
+    kmeans,
+)
 from clustr_mm.ops.kmeans import grid_shapes
 
 
@@ -181,7 +189,9 @@ def test_ties_go_to_the_lower_number():
     assert not labels[0].any()
 
 
-@pytest.mark.parametrize('clusterer', [KMeans(), GridCells(), DPCKNN(), DPCKNN(5, 6)])
+@pytest.mark.parametrize(
+    'clusterer', [KMeans(), GridCells(), SortedTokens(), DPCKNN(), DPCKNN(5, 6)]
+)
 def test_repeats_whatever_the_batch_layout_and_autocast(clusterer):
     tokens = randn(3, 120, 16).requires_grad_()
     found = clusterer(tokens, (10, 12), (7, 28))

@@ -19,13 +19,14 @@ from torch import Tensor
 import clustr_mm.visualization as vis
 from clustr_mm import ClusTR
 from clustr_mm.files import shorten, write_whole
-from clustr_mm.ops import DPCKNN, GridCells, KMeans
+from clustr_mm.ops import DPCKNN, GridCells, KMeans, SortedTokens
 
 CLUSTERERS = {
     'DPC-kNN': DPCKNN(),
     'k-means, 1 step': KMeans(1),
     'k-means, 3 steps': KMeans(3),
     'grid': GridCells(),
+    'sorted': SortedTokens(),
 }
 
 #: For each asked count of clusters, the given count and the unexplained variance.
@@ -97,7 +98,7 @@ def draw(results: Results, title: str, colour: str) -> bytes:
     for axis, (stage, curves) in zip(panels, results.items()):
         for i, (name, singles) in enumerate(curves.items()):
             mean = zip(*average(singles).values())
-            axis.plot(*mean, f'C{i}-', marker='os^D'[i], ms=5, label=name)
+            axis.plot(*mean, f'C{i}-', marker='os^Dv'[i], ms=5, label=name)
             for single in singles:
                 axis.plot(*zip(*single.values()), f'C{i}-', lw=0.8, alpha=0.35)
         axis.axhline(1, color='grey', lw=0.8)  # what a single cluster loses
