@@ -1,5 +1,6 @@
 """The cue task, its configs, and the driver that runs lists of them."""
 
+import copy
 import json
 import math
 import re
@@ -211,8 +212,9 @@ def test_lists():
     runs = [run for runs in LISTS.values() for run in runs if run.seed == 0]
     assert len({run.name for run in runs}) == len(set(map(str, runs)))
     base = evidence.count(evidence.Run('dpcknn', 0), {})
+    configs = {run.variant: Config.fromfile(run.config) for run in runs}
     for run in runs:
-        config = Config.fromfile(run.config)
+        config = copy.deepcopy(configs[run.variant])
         before = str(config._cfg_dict)
         config.merge_from_dict(dict(run.options))
         assert (str(config._cfg_dict) == before) == (not run.options)

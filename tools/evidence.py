@@ -67,6 +67,16 @@ TUNING = {
     'param_scheduler.1.end': 200,
 }
 
+#: Options for three times as long a training.
+LONGER = {
+    'train_cfg.max_iters': 3000,
+    'train_cfg.val_interval': 250,
+    'default_hooks.checkpoint.interval': 250,
+    'param_scheduler.0.end': 900,
+    'param_scheduler.1.begin': 900,
+    'param_scheduler.1.end': 3000,
+}
+
 #: Target IoU in percent with which a network has learnt the task, and the iterations
 #: at which tables look.
 LEARNT = 80
@@ -140,6 +150,7 @@ def make_lists() -> dict[str, list[Run]]:
     lists = {
         'quick': (1, [(MAIN, '', {})]),
         'main': (5, [(MAIN, '', {})]),
+        'longer': (3, [(('grid', 'all', 'strided'), 'longer', LONGER)]),
         'backbones': (3, [(BACKBONES, '', {})]),
         'cue-sizes': (
             3,
