@@ -82,7 +82,7 @@ show(doctor.check_toolbox, 'mmseg')
 real, mmcv.__version__ = mmcv.__version__, '2.2.0'
 show(doctor.check_toolbox, 'mmdet')
 mmcv.__version__ = real
-del utils.MODULE2PACKAGE['clustr_mm']
+utils.MODULE2PACKAGE.pop('clustr_mm', None)
 show(utils._get_package_and_cfg_path, 'clustr_mm::mmdet/x.py')
 show(doctor.MODELS.build, dict(type='NoModel'))
 for name in ('pkg_resources', 'mmcv._ext'):

@@ -212,7 +212,8 @@ def test_lists():
     runs = [run for runs in LISTS.values() for run in runs if run.seed == 0]
     assert len({run.name for run in runs}) == len(set(map(str, runs)))
     base = evidence.count(evidence.Run('dpcknn', 0), {})
-    configs = {run.variant: Config.fromfile(run.config) for run in runs}
+    files = {run.variant: run.config for run in runs}
+    configs = {variant: Config.fromfile(file) for variant, file in files.items()}
     for run in runs:
         config = copy.deepcopy(configs[run.variant])
         before = str(config._cfg_dict)

@@ -8,13 +8,11 @@ import sys
 
 import mmengine
 import torch
-from mmengine.config import utils
 from mmengine.utils import digit_version
 
 from .finder import (
     VARIABLE,
     StandInFinder,
-    add_configs,
     install_finder,
     mmcv_lacks_operators,
     mmcv_ops_are_stand_in,
@@ -30,8 +28,6 @@ for _package, _oldest in [(torch, '2.1.0'), (mmengine, '0.10.0')]:
             f'clustr_mm needs {_package.__name__} {_oldest} or later, '
             f'found {_package.__version__}'
         )
-
-add_configs(utils)
 
 
 def activate() -> None:
