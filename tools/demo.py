@@ -6,6 +6,7 @@ while they are newer than what they were made from.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -160,6 +161,7 @@ def draw(model: torch.nn.Module, data: Path, predictions: Path) -> bytes:
 
 def main() -> None:
     """Run the demo."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     start = time.time()
     os.chdir(ROOT)
     # How each layer is initialised, and what mmseg will rename, is no news here.

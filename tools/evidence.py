@@ -503,8 +503,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f'and the number of its runs: {lists}',
     )
     add('--jobs', type=int, default=os.cpu_count(), help='runs at a time')
-    add('--work-dir', type=Path, default=ROOT / 'work_dirs/evidence')
-    add('--out', type=Path, default=ROOT / 'docs/evidence')
+    add('--work-dir', type=Path, default='work_dirs/evidence')
+    add('--out', type=Path, default='docs/evidence')
     add('--table', action='store_true', help='only print tables, and fill <out>.md')
     add('--figure', action='store_true', help='only draw <out>/<list>.png')
     add(

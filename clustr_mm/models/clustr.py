@@ -133,9 +133,10 @@ class ClusTR(PyramidBackbone):
             Defaults to 'tiny'.
         clusterer (dict, optional): Config of what finds the clusters, built for each
             stage by MMEngine's ``MODELS``: ``dict(type='DPCKNN', k=5, window=None)``,
-            ``dict(type='KMeans', steps=2)``, ``dict(type='GridCells')``, or a class
-            of your own, see :mod:`clustr_mm.ops.clusterers`. Defaults to None, which
-            is ``dict(type='DPCKNN')``, as in the paper.
+            ``dict(type='KMeans', steps=2)``, ``dict(type='GridCells')``,
+            ``dict(type='SortedTokens')``, or a class of your own, see
+            :mod:`clustr_mm.ops.clusterers`. Defaults to None, which is
+            ``dict(type='DPCKNN')``, as in the paper.
         max_clusters (int, optional): Most coarse clusters of an image in a stage, at
             least 1; there are up to four times as many fine ones. With 49, as many as
             every stage has at 224 x 224, and k-means the cost is linear in the
@@ -261,8 +262,8 @@ def build_clusterer(cfg: dict, stride: int, max_clusters: int | None) -> Callabl
         clusterer = MODELS.build(cfg)
     except KeyError as error:
         raise ValueError(
-            "clusterer must have the type 'DPCKNN', 'KMeans', 'GridCells' or a "
-            f'registered one of your own, got {cfg!r}'
+            "clusterer must have the type 'DPCKNN', 'KMeans', 'GridCells', "
+            f"'SortedTokens' or a registered one of your own, got {cfg!r}"
         ) from error
     if max_clusters is not None and getattr(clusterer, 'window', None) is not None:
         raise ValueError(

@@ -42,7 +42,12 @@ from clustr_mm.visualization import (
 BLOCKS = {'first': 0, 'last': -1}
 
 #: What finds clusters, by the names of the command line.
-CLUSTERERS = {'dpc-knn': 'DPCKNN', 'kmeans': 'KMeans', 'grid': 'GridCells'}
+CLUSTERERS = {
+    'dpc-knn': 'DPCKNN',
+    'kmeans': 'KMeans',
+    'grid': 'GridCells',
+    'sorted': 'SortedTokens',
+}
 
 
 def parse_block(text: str) -> int:
