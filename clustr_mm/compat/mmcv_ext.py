@@ -38,8 +38,8 @@ def _not_offered(what: str) -> NotImplementedError:
         f"mmcv operator '{what}' is not available: mmcv is installed without its "
         "compiled operators, and clustr_mm's stand-in for them does not include it. "
         'Install the compiled mmcv for it: `make install MMCV_OPS=1`, or '
-        '`pip uninstall mmcv-lite` and `pip install mmcv==2.1.0` where there is a wheel '
-        'or a compiler.'
+        '`pip uninstall mmcv-lite` and `pip install mmcv==2.1.0` where there is a '
+        'wheel or a compiler.'
     )
 
 
