@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from evaluate import last_error
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
@@ -422,30 +421,35 @@ def put_table(page: Path, name: str, table: str) -> None:
 
 
 def draw(records: Sequence[dict], path: Path) -> None:
-    """Draw target IoU over iterations: means, and from the worst to the best seed."""
-    points = list(dict.fromkeys(record['point'] for record in records))
+    """Draw target IoU over iterations: each seed (thin), and their mean.
+
+    A panel is a point of the list; of a list with one point, it is a network.
+    """
+    points = {record['point'] for record in records}
+    key = 'point' if len(points) > 1 else 'variant'
+    titles = list(dict.fromkeys(record[key] for record in records))
     variants = list(dict.fromkeys(record['variant'] for record in records))
-    columns = min(4, len(points))
-    rows = -(-len(points) // columns)
-    figure = Figure((5 + 3 * columns, 2 + 3 * rows), layout='constrained')
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    columns = min(4, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure((1 + 2.4 * columns, 1 + 2 * rows), layout='constrained')
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     lines = {}
-    for (variant, point), runs in group(records).items():
-        axis = grid.flat[points.index(point)]
-        curves = [run['target_iou'] for run in runs]
-        steps = sorted({step for curve in curves for step in curve}, key=int)
-        values = [[curve[step] for curve in curves if step in curve] for step in steps]
-        steps = [int(step) for step in steps]
-        colour = colormaps['tab20'](variants.index(variant))
-        means = [statistics.mean(v) for v in values]
-        (lines[variant],) = axis.plot(steps, means, '.-', color=colour)
-        lows, highs = [min(v) for v in values], [max(v) for v in values]
-        axis.fill_between(steps, lows, highs, color=colour, alpha=0.12)
-        axis.set(title=point, xlabel='iterations', ylim=(0, 100))
-    grid[0, 0].set_ylabel('IoU of the target, %')
-    for axis in grid.flat[len(points) :]:
+    for (variant, _), runs in group(records).items():
+        axis = grid.flat[titles.index(runs[0][key])]
+        colour = f'C{variants.index(variant)}'
+        curves = [{int(k): v for k, v in run['target_iou'].items()} for run in runs]
+        for curve in curves:
+            axis.plot(curve.keys(), curve.values(), color=colour, lw=0.8, alpha=0.6)
+        steps = sorted(set().union(*curves))
+        means = [statistics.mean(c[x] for c in curves if x in c) for x in steps]
+        (lines[variant],) = axis.plot(steps, means, color=colour, lw=2.5)
+        axis.set(title=runs[0][key], ylim=(-3, 103))
+    for axis in grid.flat[len(titles) :]:
         axis.remove()
-    figure.legend(lines.values(), lines, loc='outside right')
+    if key == 'point':
+        figure.legend(lines.values(), lines, loc='outside right')
+    figure.supxlabel('iterations')
+    figure.supylabel('IoU of the target, %')
     write_whole(path, to_png(figure))
 
 
