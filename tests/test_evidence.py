@@ -331,6 +331,10 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
     assert (none['final IoU'], none['iterations to 80']) == ('1.0', '–')
     assert (every['final IoU'], every['diverged or failed']) == ('–', '1')
     assert re.search(r'\| grid +\|', capsys.readouterr().out)
+    # Of a test there is one figure, after no iterations.
+    tested = record('grid', 0, [], target_iou={'0': 91})
+    titles = evidence.make_table([tested]).splitlines()[0]
+    assert 'final IoU' in titles and 'iterations' not in titles and ' at ' not in titles
     assert (out / 'main.png').stat().st_size > 1000
     with pytest.raises(SystemExit):
         evidence.main(['quick', *arguments[1:]])
