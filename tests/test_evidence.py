@@ -231,6 +231,7 @@ def short(monkeypatch):
         evidence.Run('grid', 3, 'wide', evidence.picture(cue_size=500)),
         evidence.Run('grid', 3, 'tested', {}, 'grid', is_test=True),
         evidence.Run('kmeans1', 3, 'tuned', {}, 'grid'),
+        evidence.Run('kmeans1', 4, 'tuned', {}, 'grid'),  # of which there is none
     ]
     monkeypatch.setattr(evidence, 'make_lists', lambda: {'short': runs})
 
@@ -242,7 +243,9 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, capsys):
     arguments += ['--cfg-options', *TINY]
     with pytest.raises(SystemExit, match='1 runs failed'):
         evidence.main(arguments)
-    assert 'short: 4 runs, 0 finished before' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'short: 5 runs, 0 finished before' in printed
+    assert 'kmeans1_tuned_seed4: left out, its weights are not trained yet' in printed
     good, bad, tested, tuned = json.loads((out / 'short.json').read_text())
     assert (good['status'], good['seed'], good['point']) == ('finished', 3, '')
     assert list(good['target_iou']) == list(tuned['target_iou']) == ['1', '2']
@@ -256,11 +259,12 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, capsys):
     assert 'Load checkpoint from' in log and 'grid_seed3/iter_2.pth' in log
 
     # Only the failed one is tried again.
-    logs = [work / run.name / 'log.txt' for run in evidence.make_lists()['short']]
+    *runs, _ = evidence.make_lists()['short']
+    logs = [work / run.name / 'log.txt' for run in runs]
     sizes = [log.stat().st_size for log in logs]
     with pytest.raises(SystemExit, match='1 runs failed'):
         evidence.main(arguments)
-    assert '4 runs, 3 finished before' in capsys.readouterr().out
+    assert '5 runs, 3 finished before' in capsys.readouterr().out
     grown = [log.stat().st_size > size for log, size in zip(logs, sizes)]
     assert grown == [False, True, False, False]
 
