@@ -150,7 +150,7 @@ def make_lists() -> dict[str, list[Run]]:
     lists = {
         'quick': (1, [(MAIN, '', {})]),
         'main': (5, [(MAIN, '', {})]),
-        'longer': (1, [(('grid', 'all', 'strided'), 'longer', LONGER)]),
+        'longer': (1, [((*CLUSTERED, 'all', 'strided'), 'longer', LONGER)]),
         'backbones': (3, [(BACKBONES, '', {})]),
         'cue-sizes': (
             3,
