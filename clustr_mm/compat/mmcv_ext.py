@@ -64,15 +64,9 @@ def _widen(tensor: Tensor) -> Tensor:
 def _gradients(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], grad_output: Tensor
 ) -> tuple[Tensor, ...]:
-    """Compute the gradient of ``function(*tensors)`` with respect to each tensor.
+    """Compute the gradient of ``function(*tensors)`` by each of the tensors.
 
-    Args:
-        function (Callable): Differentiable function of all ``tensors``.
-        tensors (Sequence[Tensor]): Where to evaluate it.
-        grad_output (Tensor): Gradient with respect to its output.
-
-    Returns:
-        tuple[Tensor, ...]: Gradients, float32 for tensors of half precision.
+    It is given that by the output, and in float32 for tensors of half precision.
     """
     # mmcv calls the operators from a backward pass, which records no graph.
     with torch.enable_grad():
@@ -242,13 +236,7 @@ def roi_align_backward(
     grad_input: Tensor,
     **options: Any,
 ) -> None:
-    """Add the gradient of :func:`roi_align_forward` to ``grad_input``.
-
-    Args:
-        grad_output (Tensor): Shape (K, C, aligned_height, aligned_width).
-        rois (Tensor): As in the forward pass, and so are the arguments not listed.
-        grad_input (Tensor): Output, shape (N, C, H, W).
-    """
+    """Add the gradient of :func:`roi_align_forward` to ``grad_input`` (N, C, H, W)."""
     # The average is linear in the input: its gradient is the same everywhere.
     (gradient,) = _gradients(
         lambda input: _roi_align(input, rois, options),
@@ -303,12 +291,7 @@ def sigmoid_focal_loss_backward(
     gamma: float,
     alpha: float,
 ) -> None:
-    """Compute the derivative of each loss with respect to its logit.
-
-    Args:
-        input (Tensor): As in the forward pass, and so are the arguments not listed.
-        grad_input (Tensor): Output, shape (N, C).
-    """
+    """Put the derivative of each loss by its logit into ``grad_input`` (N, C)."""
     (gradient,) = _gradients(
         lambda logits: _focal_loss(logits, target, weight, gamma, alpha),
         [input],
@@ -381,16 +364,7 @@ def _clear_border(
 
     A sample there has a derivative on one side only. torchvision returns it, mmcv
     returns zero. The offsets of an untrained layer, all of them zero, lead there
-    wherever there is padding.
-
-    Args:
-        grad_offset (Tensor): The gradient, in the shape of ``offset``.
-        offset (Tensor): As for :func:`_deform_conv`, and so are the others.
-        weight (Tensor): Read for its shape.
-        geometry (dict): Read for stride, padding and dilation.
-
-    Returns:
-        Tensor: The gradient with these zeros.
+    wherever there is padding. Arguments are as for :func:`_deform_conv`.
     """
     kernel = weight.shape[2:]
     stride, padding, dilation = _pairs(geometry)
@@ -416,11 +390,8 @@ def deform_conv_forward(
 ) -> None:
     """Convolve with a displacement for every position in the kernel.
 
-    Args:
-        input (Tensor): As for :func:`_deform_conv`, and so are the arguments not
-            listed.
-        output (Tensor): Output, shape (N, C_out, H_out, W_out).
-        *workspace (Tensor): Not touched.
+    Into ``output``; arguments are as for :func:`_deform_conv`, and the workspace is not
+    touched.
     """
     tensors = _widen(input), _widen(offset), _widen(weight)
     output.copy_(_deform_conv(*tensors, None, geometry))
@@ -438,11 +409,7 @@ def deform_conv_backward_input(
 ) -> None:
     """Compute what :func:`deform_conv_forward` passes back to input and offset.
 
-    Args:
-        input (Tensor): As in the forward pass, and so are the arguments not listed.
-        gradOutput (Tensor): Shape (N, C_out, H_out, W_out).
-        gradInput (Tensor): Output of the shape of ``input``; the gradient is added.
-        gradOffset (Tensor): Output of the shape of ``offset``; overwritten.
+    It is added to ``gradInput``, and takes the place of what is in ``gradOffset``.
     """
     to_input, to_offset = _gradients(
         lambda input, offset: _deform_conv(
@@ -464,14 +431,7 @@ def deform_conv_backward_parameters(
     scale: float,
     **geometry: Any,
 ) -> None:
-    """Add what :func:`deform_conv_forward` passes back to ``gradWeight``.
-
-    Args:
-        input (Tensor): As in the forward pass, and so are the arguments not listed.
-        gradOutput (Tensor): Shape (N, C_out, H_out, W_out).
-        gradWeight (Tensor): Output of the shape of the weight.
-        scale (float): Factor of the gradient.
-    """
+    """Add ``scale`` times the gradient by the weight to ``gradWeight``."""
     image, displacement = _widen(input.detach()), _widen(offset.detach())
     # The convolution is linear in the weight: its gradient is the same everywhere.
     (gradient,) = _gradients(
@@ -496,13 +456,8 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Convolve with a displacement and a factor for every position in the kernel.
 
-    Args:
-        input (Tensor): As for :func:`_deform_conv`, and so are the arguments not
-            listed.
-        bias (Tensor): Shape (C_out,).
-        ones (Tensor): Not touched, and neither is the workspace.
-        output (Tensor): Output, shape (N, C_out, H_out, W_out).
-        with_bias (bool): Whether to add the bias.
+    Into ``output``; arguments are as for :func:`_deform_conv`, and ones and workspace
+    are not touched. The bias is (C_out,).
     """
     tensors = _widen(input), _widen(offset), _widen(weight), _widen(mask)
     result = _deform_conv(*tensors, geometry)
@@ -528,15 +483,8 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Compute what :func:`modulated_deform_conv_forward` passes back.
 
-    Args:
-        input (Tensor): As in the forward pass, and so are the arguments not listed.
-        grad_input (Tensor): Output of the shape of ``input``; the gradient is added.
-        grad_weight (Tensor): Output of the shape of ``weight``; likewise.
-        grad_bias (Tensor): Output of the shape of ``bias``; likewise, but only if
-            ``with_bias``.
-        grad_offset (Tensor): Output of the shape of ``offset``; overwritten.
-        grad_mask (Tensor): Output of the shape of ``mask``; overwritten.
-        grad_output (Tensor): Shape (N, C_out, H_out, W_out).
+    It is added to the gradients of input, weight and bias, and takes the place of what
+    is in those of offset and mask.
     """
     to_input, to_offset, to_weight, to_mask = _gradients(
         lambda *tensors: _deform_conv(*tensors, geometry),
