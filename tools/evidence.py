@@ -285,11 +285,18 @@ def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
 
 def circumstances() -> dict[str, Any]:
     """Of what and where a run was made."""
-    command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
-    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    commit, changes = (
+        subprocess.run(
+            ['git', *command], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        for command in (
+            ('describe', '--always', '--exclude=*'),
+            ('status', '--porcelain', 'clustr_mm', 'configs', 'tools'),
+        )
+    )
     return dict(
         versions=versions(),
-        commit=git.stdout.strip(),
+        commit=commit + ('-dirty' if changes else ''),
         machine=f'{os.cpu_count()} x {device_name("cpu")}',
     )
 
