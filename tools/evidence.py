@@ -114,9 +114,10 @@ class Run:
         folder = work_dir / self.name
         return next(folder.glob('iter_*.pth'), folder / 'iter.pth')
 
-    def find_weights(self, work_dir: Path) -> Path:
-        """The checkpoint that it begins with, as above."""
-        return Run(self.weights, self.seed).find_network(work_dir)
+    @property
+    def source(self) -> Run:
+        """The run that left ``weights``."""
+        return Run(self.weights, self.seed)
 
     @property
     def config(self) -> Path:
@@ -218,11 +219,11 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
     options = {**run.options, **options, 'randomness.seed': run.seed}
     way = ['train', '--resume']
     if run.is_test:
-        way = ['test', '--checkpoint', str(run.find_weights(work_dir))]
+        way = ['test', '--checkpoint', str(run.source.find_network(work_dir))]
     elif run.weights:
         # With --resume MMEngine would go on where these weights stopped.
         way = ['train']
-        options['load_from'] = run.find_weights(work_dir)
+        options['load_from'] = run.source.find_network(work_dir)
     command = [
         *(sys.executable, '-m', 'mim', way[0], 'mmseg', str(run.config), *way[1:]),
         *('--work-dir', str(folder), '--cfg-options'),
@@ -354,7 +355,7 @@ def train(
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                if run.weights and not run.find_weights(work_dir).exists():
+                if run.weights and not read_record(run.source, work_dir):
                     print(f'{run.name}: left out, its weights are not trained yet')
                     continue
                 running[run] = start(run, work_dir, options)
