@@ -324,6 +324,11 @@ def read_record(run: Run, work_dir: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def has_network(run: Run, work_dir: Path) -> bool:
+    """Whether a run is finished and its network is still there."""
+    return bool(read_record(run, work_dir)) and run.find_network(work_dir).exists()
+
+
 def gather(name: str, work_dir: Path, out: Path) -> None:
     """Put the records of a list into its file; others that are there stay."""
     path = out / f'{name}.json'
@@ -355,7 +360,7 @@ def train(
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                if run.weights and not read_record(run.source, work_dir):
+                if run.weights and not has_network(run.source, work_dir):
                     print(f'{run.name}: left out, its weights are not trained yet')
                     continue
                 running[run] = start(run, work_dir, options)
@@ -479,7 +484,7 @@ def draw_predictions(
 
     networks: dict[str, Run] = {}
     for run in runs:
-        if read_record(run, work_dir) and run.find_network(work_dir).exists():
+        if has_network(run, work_dir):
             networks.setdefault(f'{run.variant} {run.point}'.strip(), run)
     if not networks:
         sys.exit(f'evidence.py: there is no checkpoint of these runs in {work_dir}')
