@@ -356,6 +356,23 @@ def test_tables_of_the_page():
         assert f'<!-- {name} -->\n\n{table}\n\n<!-- end of {name} -->' in text
 
 
+def test_whose_networks_are_taken(tmp_path):
+    plain = evidence.Run('grid', 0)
+    other = evidence.Run('grid', 0, 'cue-4', evidence.picture(cue_size=4))
+    for run in (plain, other):
+        for status, taken in dict(failed=False, diverged=True, finished=True).items():
+            evidence.write_json(
+                tmp_path / run.name / 'record.json', dict(status=status)
+            )
+            assert not evidence.has_network(run, tmp_path)
+            (tmp_path / run.name / 'iter_9.pth').touch()
+            assert evidence.has_network(run, tmp_path) == taken
+            (tmp_path / run.name / 'iter_9.pth').unlink()
+        (tmp_path / run.name / 'iter_9.pth').touch()
+    with pytest.raises(SystemExit, match='have other pictures'):
+        evidence.draw_predictions([plain, other], tmp_path, tmp_path / 'new.png')
+
+
 def test_what_is_measured_of_a_divergence(tmp_path, monkeypatch):
     folder = tmp_path / 'time/vis_data'
     folder.mkdir(parents=True)

@@ -324,9 +324,15 @@ def read_record(run: Run, work_dir: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def is_finished(run: Run, work_dir: Path) -> bool:
+    """Whether a run came to an end; one that failed did not."""
+    record = read_record(run, work_dir)
+    return record is not None and record['status'] != 'failed'
+
+
 def has_network(run: Run, work_dir: Path) -> bool:
     """Whether a run is finished and its network is still there."""
-    return bool(read_record(run, work_dir)) and run.find_network(work_dir).exists()
+    return is_finished(run, work_dir) and run.find_network(work_dir).exists()
 
 
 def gather(name: str, work_dir: Path, out: Path) -> None:
@@ -346,12 +352,7 @@ def train(
     One that failed before is tried again.
     """
     runs = make_lists()[name]
-    unfinished = ('failed', None)
-    waiting = [
-        run
-        for run in runs
-        if (read_record(run, work_dir) or {}).get('status') in unfinished
-    ]
+    waiting = [run for run in runs if not is_finished(run, work_dir)]
     number, begin, failures = len(waiting), time.time(), 0
     print(f'{name}: {len(runs)} runs, {len(runs) - number} finished before', flush=True)
     gather(name, work_dir, out)
@@ -361,7 +362,10 @@ def train(
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 if run.weights and not has_network(run.source, work_dir):
-                    print(f'{run.name}: left out, its weights are not trained yet')
+                    print(
+                        f'{run.name}: left out, its weights are not trained yet',
+                        flush=True,
+                    )
                     continue
                 running[run] = start(run, work_dir, options)
                 print(f'{run.name}: started', flush=True)
@@ -488,6 +492,8 @@ def draw_predictions(
             networks.setdefault(f'{run.variant} {run.point}'.strip(), run)
     if not networks:
         sys.exit(f'evidence.py: there is no checkpoint of these runs in {work_dir}')
+    if any('.dataset.' in key for run in networks.values() for key in run.options):
+        sys.exit('evidence.py: the networks of this list have other pictures each')
     rows = {}
     for name, run in networks.items():
         config = read_config(run.config)
