@@ -1,14 +1,10 @@
 """Metafiles: what they say of the configs is so."""
 
-import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from get_flops import count_flops, load_model
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLBOXES = ('mmdet', 'mmpose', 'mmpretrain', 'mmseg')
@@ -30,21 +26,6 @@ def test_every_config_is_in_the_metafile(toolbox):
     for model in MODELS_OF[toolbox]:
         assert model['Name'] == Path(model['Config']).stem
         assert 'Weights' not in model  # there are none
-
-
-@pytest.mark.parametrize('toolbox', TOOLBOXES)
-def test_parameters(toolbox):
-    init_default_scope(toolbox)
-    counts = {}
-    for model in MODELS_OF[toolbox]:
-        # A clustering has no parameters.
-        name = re.sub('-linear|-w224', '', model['Name'])
-        if name not in counts:
-            config = Config.fromfile(ROOT / f'configs/{toolbox}/{name}.py')
-            with torch.device('meta'):
-                built = MODELS.build(config.model)
-            counts[name] = sum(p.numel() for p in built.parameters())
-        assert model['Metadata']['Parameters'] == counts[name], model['Name']
 
 
 @pytest.mark.parametrize('model', MODELS_OF['mmpretrain'], ids=lambda m: m['Name'])

@@ -72,13 +72,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ('toolbox', 'config', 'metric'),
+    ('toolbox', 'config', 'metric', 'least'),
     [
-        ('mmdet', 'shapes_det_trial', 'coco/bbox_mAP'),
-        ('mmseg', 'shapes_seg_trial', 'mIoU'),
+        ('mmdet', 'shapes_det_trial', 'coco/bbox_mAP', 0.2),
+        ('mmseg', 'shapes_seg_trial', 'mIoU', 40),
     ],
 )
-def test_trial(folder, toolbox, config, metric):
+def test_trial(folder, toolbox, config, metric, least):
     pytest.importorskip(toolbox)
     mim = [sys.executable, '-m', 'mim', 'train', toolbox, f'{config}.py']
     run = subprocess.run(mim, cwd=folder, capture_output=True, text=True)
@@ -87,4 +87,4 @@ def test_trial(folder, toolbox, config, metric):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [line['loss'] for line in lines if 'loss' in line]
     assert np.mean(losses[-2:]) < 0.7 * losses[0]
-    assert next(line[metric] for line in lines if metric in line) > 0
+    assert next(line[metric] for line in lines if metric in line) > least

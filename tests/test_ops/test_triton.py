@@ -203,28 +203,27 @@ COMPILE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from kernel_resources import fits, measure
-row = measure(*json.loads(sys.argv[2]))
-print(json.dumps([row, fits(row)]))
+rows = [measure(*shape) for shape in json.loads(sys.argv[2])]
+print(json.dumps([(row, fits(row)) for row in rows]))
 """
 
 
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_fits_gpus(shape):
+def test_fits_gpus():
     """No registers are spilled, and from Ampere on tensor cores multiply."""
     env = {name: v for name, v in os.environ.items() if name != 'TRITON_INTERPRET'}
     done = subprocess.run(
-        [sys.executable, '-c', COMPILE, str(TOOL.parent), json.dumps(shape)],
+        [sys.executable, '-c', COMPILE, str(TOOL.parent), json.dumps(SHAPES)],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode and NO_COMPILER.search(done.stderr):
         pytest.skip('this Triton ships no assembler, or is too old to be asked')
     assert done.returncode == 0, done.stderr[-2000:]
-    row, fits = json.loads(done.stdout)
-    assert row['spill bytes'] == 0
-    assert fits, row
-    assert row['tensor cores'] == ('yes' if shape[0] >= 80 else 'no')
-    # With fewer, nothing is done while memory is waited for.
-    assert row['warps per SM'] >= 12
+    for shape, (row, fits) in zip(SHAPES, json.loads(done.stdout), strict=True):
+        assert row['spill bytes'] == 0, shape
+        assert fits, (shape, row)
+        assert row['tensor cores'] == ('yes' if shape[0] >= 80 else 'no'), shape
+        # With fewer, nothing is done while memory is waited for.
+        assert row['warps per SM'] >= 12, shape
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import io
 from collections import Counter
@@ -59,6 +60,13 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f'{target}: is there already; --overwrite replaces it')
 
 
+@functools.cache
+def make_empty(cls: type[PyramidBackbone], arch: str) -> PyramidBackbone:
+    """A backbone on the meta device."""
+    with torch.device('meta'):
+        return cls(arch)
+
+
 def find_backbone(
     content: Mapping[str, Any],
 ) -> tuple[PyramidBackbone, str, dict[str, str]]:
@@ -79,8 +87,7 @@ def find_backbone(
         names = [checkpoint.rename(key, cls.public_names) for key in content]
         inside = sum(name.startswith('stages.') for name in names)
         for arch in archs:
-            with torch.device('meta'):
-                model = cls(arch)
+            model = make_empty(cls, arch)
             own = model.state_dict()
             sources = checkpoint.find_parameters(content, cls.public_names, own)
             matching = sum(content[k].shape == own[n].shape for n, k in sources.items())
