@@ -315,7 +315,7 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
         record('grid', 0, [10, 20, 85]),
         record('grid', 1, [30, 80, 95]),
         record('grid', 2, [99, 99], status='diverged'),
-        record('none', 0, [0, 0, 1]),
+        record('none', 0, [0, 40, 1]),
         record('all', 0, [], status='failed', error='no room'),
     ]
     evidence.write_json(out / 'main.json', records)
@@ -338,12 +338,15 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
         'IoU at 500': '50.0 ± 42.4',
         'final IoU': '90.0 ± 7.1',
         'iterations to 80': '1000 ± 707',
+        'used the cue': '2 of 3',
         'learnt': '2 of 3',
         'diverged or failed': '1',
         'parameters, M': '2.00',
         'multiply-adds, M': '120',
     }
     assert (none['final IoU'], none['iterations to 80']) == ('1.0', '–')
+    # Before it had learnt more, and forgot it.
+    assert (none['used the cue'], none['learnt']) == ('1 of 1', '0 of 1')
     assert (every['final IoU'], every['diverged or failed']) == ('–', '1')
     assert re.search(r'\| grid +\|', capsys.readouterr().out)
     # Of a test there is one figure, after no iterations.
