@@ -251,12 +251,12 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
     assert 'kmeans1_tuned_seed4: left out, its weights are not trained yet' in printed
     good, tested, tuned = json.loads((out / 'short.json').read_text())
     assert (good['status'], good['seed'], good['point']) == ('finished', 3, '')
-    assert list(good['target_iou']) == list(tuned['target_iou']) == ['1', '2']
+    assert list(good['iou']) == list(tuned['iou']) == ['1', '2']
     assert good['options']['train_cfg.max_iters'] == 2
     assert good['seconds_per_iteration'] > 0
     assert good['commit'] and good['machine']
     assert good['versions']['torch'] == version('torch')
-    assert tested['target_iou'] == {'0': good['target_iou']['2']}
+    assert tested['iou'] == {'0': good['iou']['2']}
     log = (work / 'kmeans1_tuned_seed3/log.txt').read_text()
     assert 'Load checkpoint from' in log and 'grid_seed3/iter_2.pth' in log
 
@@ -301,7 +301,7 @@ def record(variant, seed, ious, **more):
             point='',
             seed=seed,
             status='finished',
-            target_iou=dict(zip(('250', '500', '1500'), ious)),
+            iou=dict(zip(('250', '500', '1500'), ious)),
             parameters=2_000_000,
             multiply_adds=120_000_000,
         )
@@ -350,8 +350,17 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
     assert (every['final IoU'], every['diverged or failed']) == ('–', '1')
     assert re.search(r'\| grid +\|', capsys.readouterr().out)
     # Of a test there is one figure, after no iterations.
-    tested = record('grid', 0, [], target_iou={'0': 91})
+    tested = record('grid', 0, [], iou={'0': 91})
     titles = evidence.make_table([tested]).splitlines()[0]
+    photographs = [
+        record('r18', seed, [9, 20, 30 + seed], classes=dict(pole=seed, sky=90))
+        for seed in (0, 2)
+    ]
+    table = evidence.make_table(photographs).splitlines()
+    cells = [[cell.strip() for cell in line.split('|')] for line in table]
+    found = dict(zip(cells[0], cells[2]))
+    assert (found['final mIoU'], found['pole']) == ('31.0 ± 1.4', '1.0 ± 1.4')
+    assert found['sky'] == '90.0 ± 0.0' and 'learnt' not in found
     assert 'final IoU' in titles and 'iterations' not in titles and ' at ' not in titles
     assert (out / 'main.png').stat().st_size > 1000
     with pytest.raises(SystemExit):
@@ -393,4 +402,7 @@ def test_what_is_measured_of_a_divergence(tmp_path, monkeypatch):
     lines = [dict(loss=math.nan, time=0.1), dict(step=1, mIoU=1, **{'IoU.target': 0.0})]
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
     found = evidence.measure(evidence.Run('grid', 0), tmp_path, 0, {})
-    assert (found['status'], found['target_iou']) == ('diverged', {'1': 0.0})
+    assert (found['status'], found['iou']) == ('diverged', {'1': 0.0})
+    assert 'classes' not in found
+    found = evidence.measure(evidence.Run('r18', 0, task='camvid'), tmp_path, 0, {})
+    assert (found['iou'], found['classes']) == ({'1': 1}, {'target': 0.0})

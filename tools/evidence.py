@@ -1,4 +1,4 @@
-"""Train and test lists of networks on the cue task, and write down what came of it.
+"""Train and test lists of networks on the cue task or CamVid, and keep the results.
 
 Runs that are finished are not trained again, and interrupted ones go on. What is known
 of a list so far stands in <out>/<list>.json, from which tables and figures are made.
@@ -52,16 +52,32 @@ MAIN = (
 )
 BACKBONES = ('dpcknn', 'dualvit', 'linglo', 'stt', 'pvtv2', 'swin', 'resnet')
 CLUSTERED = ('dpcknn', 'kmeans3', 'grid')
+PHOTOGRAPHS = ('clustr-t', 'clustr-t-linear', 'pvtv2-b1', 'r18')
+#: Learning rates that are tried for each of them, trained on a part of CamVid's train
+#: and tested on the rest, for a tenth of the time.
+RATES = (3e-4, 6e-4, 1.2e-3)
+TRYING = {
+    'train_dataloader.dataset.ann_file': 'fit.txt',
+    'val_dataloader.dataset.ann_file': 'held_out.txt',
+    'val_dataloader.dataset.data_prefix.img_path': 'images/train',
+    'val_dataloader.dataset.data_prefix.seg_map_path': 'annotations/train',
+    'train_cfg.max_iters': 300,
+    'train_cfg.val_interval': 300,
+    'param_scheduler.0.end': 30,
+    'param_scheduler.1.begin': 30,
+    'param_scheduler.1.end': 300,
+}
 #: Networks that are tested with the clusters of OTHERS; parameters are the same.
 EXCHANGED = ('dpcknn', 'kmeans3')
 OTHERS = MAIN[:7]
 
+RATE = 'optim_wrapper.optimizer.lr'
 #: Options for going on with the weights of another network for 200 iterations.
 TUNING = {
     'train_cfg.max_iters': 200,
     'train_cfg.val_interval': 100,
     'default_hooks.checkpoint.interval': 200,
-    'optim_wrapper.optimizer.lr': 2e-4,
+    RATE: 2e-4,
     'param_scheduler.0.end': 20,
     'param_scheduler.1.begin': 20,
     'param_scheduler.1.end': 200,
@@ -89,13 +105,14 @@ class Run:
     """One training, or test.
 
     Attributes:
-        variant (str): Which config, ``fpn_<variant>_cue-96x96.py``.
+        variant (str): Which config, ``fpn_<variant>_...py``.
         seed (int): Of weights and order.
         point (str): What the options are called; empty if there are none.
         options (Mapping): ``--cfg-options``.
         weights (str): The variant whose network, of the same seed and the list 'main',
             it begins with; empty for none.
         is_test (bool): Whether these weights are tested as they are.
+        task (str): 'cue_task' or 'camvid', the folder of the config.
     """
 
     variant: str
@@ -104,6 +121,7 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     weights: str = ''
     is_test: bool = False
+    task: str = 'cue_task'
 
     @property
     def name(self) -> str:
@@ -123,7 +141,8 @@ class Run:
     @property
     def config(self) -> Path:
         """Its config."""
-        return ROOT / f'configs/mmseg/cue_task/fpn_{self.variant}_cue-96x96.py'
+        (path,) = (ROOT / 'configs/mmseg' / self.task).glob(f'fpn_{self.variant}_*.py')
+        return path
 
 
 def picture(**settings: int) -> dict[str, int]:
@@ -210,6 +229,15 @@ def make_lists() -> dict[str, list[Run]]:
         for seed, weights, variant in exchanged
         if variant in CLUSTERED and weights != variant
     ]
+    rates = [(f'lr-{rate:g}', {RATE: rate, **TRYING}) for rate in RATES]
+    runs['camvid-rates'] = [
+        Run(variant, 0, point, options, task='camvid')
+        for point, options in rates
+        for variant in PHOTOGRAPHS
+    ]
+    runs['camvid'] = [
+        Run(variant, seed, task='camvid') for seed in (0, 1) for variant in PHOTOGRAPHS
+    ]
     return runs
 
 
@@ -250,18 +278,21 @@ def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> di
         for line in file.read_text().splitlines()
     ]
     trained = [line for line in scalars if 'loss' in line]
-    ious = {line['step']: line['IoU.target'] for line in scalars if 'mIoU' in line}
-    if run.is_test:
-        for file in folder.glob('*/*.json'):
-            ious = {0: json.loads(file.read_text())['IoU.target']}
+    tested = {line['step']: line for line in scalars if 'mIoU' in line}
+    for file in folder.glob('*/*.json') if run.is_test else ():
+        tested[0] = json.loads(file.read_text())
+    figure = 'IoU.target' if run.task == 'cue_task' else 'mIoU'
     record = dict(
         variant=run.variant,
         point=run.point,
         seed=run.seed,
         options={**run.options, **options},
         status='finished',
-        target_iou={str(step): ious[step] for step in sorted(ious)},
+        iou={str(step): tested[step][figure] for step in sorted(tested)},
     )
+    if run.task != 'cue_task' and tested:
+        last = tested[max(tested)]
+        record['classes'] = {k[4:]: v for k, v in last.items() if k[:4] == 'IoU.'}
     if code:
         reason = last_error((folder / 'log.txt').read_text(), code)
         record.update(status='failed', error=shorten(reason))
@@ -278,7 +309,8 @@ def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
     config = read_config(run.config)
     config.merge_from_dict({**run.options, **options})
     init_default_scope(config.default_scope)
-    size = config.train_dataloader.dataset.get('size', 96)
+    # Of the pictures, or of what is cut out of them.
+    size = config.get('crop_size', [config.train_dataloader.dataset.get('size', 96)])[0]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the toolbox's own, about its own names
         flops = count_flops(MODELS.build(config.model), size, size)
@@ -382,9 +414,9 @@ def train(
                     slim(folder)
                 left = len(waiting) + len(running)
                 minutes = (time.time() - begin) / (number - left) * left / 60
-                ious = ' '.join(f'{iou:.0f}' for iou in record['target_iou'].values())
+                ious = ' '.join(f'{iou:.0f}' for iou in record['iou'].values())
                 print(
-                    f'{run.name}: {record["status"]}, target IoU {ious or "unknown"}; '
+                    f'{run.name}: {record["status"]}, IoU {ious or "unknown"}; '
                     f'{left} left, about {minutes:.0f} min',
                     flush=True,
                 )
@@ -412,25 +444,35 @@ def spread(values: Iterable[float | None], digits: int = 1) -> str:
 
 
 def make_table(records: Iterable[dict]) -> str:
-    """Markdown table of a list, seeds together; IoU is the target's, in percent."""
+    """Markdown table of a list, seeds together; IoU is in percent.
+
+    It is that of the cue task's target or, of records with ``classes``, the mean.
+    """
     records = list(records)
     # Of a test there is one figure, at 0 iterations.
-    seen = {int(step) for record in records for step in record['target_iou']}
+    seen = {int(step) for record in records for step in record['iou']}
+    classes = [record['classes'] for record in records if 'classes' in record]
     rows = []
     for (variant, point), runs in group(records).items():
         ended = [run for run in runs if run['status'] == 'finished']
-        ious = [run['target_iou'] for run in ended]
+        ious = [run['iou'] for run in ended]
         learnt = [[int(step) for step in i if i[step] >= LEARNT] for i in ious]
         row = {'network': f'{variant} {point}'.strip()}
         for step in sorted(seen.intersection(STEPS)):
             row[f'IoU at {step}'] = spread(i.get(str(step)) for i in ious)
-        row['final IoU'] = spread([*i.values()][-1] for i in ious)
-        if seen != {0}:
-            first = (steps[0] for steps in learnt if steps)
-            row[f'iterations to {LEARNT}'] = spread(first, digits=0)
-        used = sum(max(i.values(), default=0) >= USES_CUE for i in ious)
-        row['used the cue'] = f'{used} of {len(runs)}'
-        row['learnt'] = f'{sum(map(bool, learnt))} of {len(runs)}'
+        row['final mIoU' if classes else 'final IoU'] = spread(
+            [*i.values()][-1] for i in ious
+        )
+        if classes:
+            for name in classes[0]:
+                row[name] = spread(run['classes'][name] for run in ended)
+        else:
+            if seen != {0}:
+                first = (steps[0] for steps in learnt if steps)
+                row[f'iterations to {LEARNT}'] = spread(first, digits=0)
+            used = sum(max(i.values(), default=0) >= USES_CUE for i in ious)
+            row['used the cue'] = f'{used} of {len(runs)}'
+            row['learnt'] = f'{sum(map(bool, learnt))} of {len(runs)}'
         row['diverged or failed'] = len(runs) - len(ended)
         row['parameters, M'] = f'{runs[0]["parameters"] / 1e6:.2f}'
         row['multiply-adds, M'] = f'{runs[0]["multiply_adds"] / 1e6:.0f}'
@@ -448,7 +490,7 @@ def put_table(page: Path, name: str, table: str) -> None:
 
 
 def draw(records: Sequence[dict], path: Path) -> None:
-    """Draw target IoU over iterations: each seed (thin), and their mean.
+    """Draw IoU over iterations: each seed (thin), and their mean.
 
     A panel is a point of the list; of a list with one point, it is a network.
     """
@@ -464,7 +506,7 @@ def draw(records: Sequence[dict], path: Path) -> None:
     for (variant, _), runs in group(records).items():
         axis = grid.flat[titles.index(runs[0][key])]
         colour = f'C{variants.index(variant)}'
-        curves = [{int(k): v for k, v in run['target_iou'].items()} for run in runs]
+        curves = [{int(k): v for k, v in run['iou'].items()} for run in runs]
         for curve in curves:
             axis.plot(curve.keys(), curve.values(), color=colour, lw=0.8, alpha=0.6)
         steps = sorted(set().union(*curves))
@@ -476,7 +518,8 @@ def draw(records: Sequence[dict], path: Path) -> None:
     if key == 'point':
         figure.legend(lines.values(), lines, loc='outside right')
     figure.supxlabel('iterations')
-    figure.supylabel('IoU of the target, %')
+    photographs = any('classes' in record for record in records)
+    figure.supylabel('mIoU, %' if photographs else 'IoU of the target, %')
     write_whole(path, to_png(figure))
 
 

@@ -1,7 +1,7 @@
 # CamVid at 240 x 180, from scratch; tools/dataset_converters/camvid.py makes the data.
 # Nobody has trained this in full, and the learning rate is a first guess.
 _base_ = ['mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/default_runtime.py']
-custom_imports = dict(imports=['clustr_mm'])
+custom_imports = dict(imports=['clustr_mm', 'clustr_mm.evidence'])
 
 crop_size = (128, 128)
 model = dict(
@@ -57,7 +57,7 @@ test_dataloader = dict(
     ),
 )
 val_dataloader = test_dataloader
-test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = dict(type='ClassIoUMetric', iou_metrics=['mIoU'])
 val_evaluator = test_evaluator
 
 max_iters = 3000
@@ -68,7 +68,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=300),
     dict(type='PolyLR', eta_min=0, by_epoch=False, begin=300, end=max_iters),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=1000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(

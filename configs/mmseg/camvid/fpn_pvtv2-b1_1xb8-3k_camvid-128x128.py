@@ -1,5 +1,5 @@
 _base_ = './fpn_clustr-t_1xb8-3k_camvid-128x128.py'
-custom_imports = dict(imports=['mmdet.models'])
+custom_imports = dict(imports=['clustr_mm', 'clustr_mm.evidence', 'mmdet.models'])
 backbone = dict(
     _delete_=True,
     type='mmdet.PyramidVisionTransformerV2',
