@@ -21,6 +21,7 @@ from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
+from test_models.variants import ARCHS
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -37,13 +38,7 @@ PATIENCE = 60
 CONFIG = (
     Path(__file__).parents[1] / 'configs/mmseg/fpn_clustr-t_4xb4-80k_ade20k-512x512.py'
 )
-ARCH = dict(
-    embed_dims=[16, 32, 48, 64],
-    num_heads=[1, 2, 3, 4],
-    mlp_ratios=[2, 2, 1, 1],
-    depths=[1, 1, 1, 1],
-    sr_ratios=[8, 4, 2, 1],
-)
+ARCH = {**ARCHS['ClusTR'], 'depths': [1, 1, 1, 1]}
 
 #: Arguments of the backbone.
 CASES = {
@@ -61,15 +56,7 @@ def load_config() -> Config:
 
 
 def make_model(out_indices: Sequence[int] = (0, 1, 2, 3), **backbone: Any) -> nn.Module:
-    """Build the model of our config, smaller and without chance.
-
-    Args:
-        out_indices (Sequence[int]): Stages of the backbone that the neck reads.
-        **backbone: More arguments of the backbone.
-
-    Returns:
-        nn.Module: The model in training mode, in float64; the same on every call.
-    """
+    """Build the model of our config, smaller and without chance."""
     model = copy.deepcopy(load_config().model)
     model.backbone.update(
         arch=ARCH, drop_path_rate=0.0, out_indices=out_indices, **backbone
@@ -97,15 +84,7 @@ def make_model(out_indices: Sequence[int] = (0, 1, 2, 3), **backbone: Any) -> nn
 
 
 def make_batch(step: int, ranks: Sequence[int]) -> dict[str, Any]:
-    """Make the images and labels that some ranks see in one step.
-
-    Args:
-        step (int): Number of the step.
-        ranks (Sequence[int]): Whose images to take.
-
-    Returns:
-        dict: What ``forward`` of the model takes.
-    """
+    """Make the images and labels that some ranks see in one step."""
     from mmseg.structures import SegDataSample
 
     inputs, samples = [], []
@@ -122,16 +101,7 @@ def make_batch(step: int, ranks: Sequence[int]) -> dict[str, Any]:
 
 
 def train(forward: nn.Module, model: nn.Module, ranks: Sequence[int]) -> dict[str, Any]:
-    """Train for a few steps.
-
-    Args:
-        forward (nn.Module): The model, or what wraps it.
-        model (nn.Module): The model.
-        ranks (Sequence[int]): Whose images to train on.
-
-    Returns:
-        dict: The losses, the parameters, and the names of those with a gradient.
-    """
+    """Train for a few steps."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
     losses: list[Tensor] = []
@@ -150,16 +120,7 @@ def train(forward: nn.Module, model: nn.Module, ranks: Sequence[int]) -> dict[st
 
 
 def train_distributed(model: nn.Module, rank: int) -> dict[str, Any]:
-    """Train on the images of one rank, with gradients averaged over all.
-
-    Args:
-        model (nn.Module): The model, the same in each process.
-        rank (int): Number of this process.
-
-    Returns:
-        dict: As of :func:`train`, and the names of the parameters whose gradients
-        were exchanged.
-    """
+    """Train on the images of one rank, with gradients averaged over all."""
     names = {p: name for name, p in model.named_parameters()}
     exchanged = set()
 
@@ -176,12 +137,7 @@ def train_distributed(model: nn.Module, rank: int) -> dict[str, Any]:
 
 
 def main(rank: int, folder: Path) -> None:
-    """Train all cases and save what came of them.
-
-    Args:
-        rank (int): Number of this process.
-        folder (Path): Where the processes meet, and where the results go.
-    """
+    """Train all cases and save what came of them."""
     torch.set_num_threads(1)
     dist.init_process_group(
         'gloo',

@@ -1,4 +1,4 @@
-"""References that follow the definitions word for word, kept slow and plain."""
+"""References that follow the definitions word for word, slow and plain; noise."""
 
 import math
 
@@ -6,6 +6,11 @@ import mpmath
 import torch
 
 mpmath.mp.dps = 100
+
+
+def randn(*shape, seed=0, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, **kwargs)
 
 
 def naive_dpc_knn(tokens, num_clusters, k=5):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from backbones import Backbone, find_backbone
 from mmengine.registry import MODELS
+from naive import randn
 from textbook import TextbookDPCKNN, textbook_dpc_knn
 from torch import nn
 
@@ -24,11 +25,6 @@ ARCH = dict(
     sr_ratios=[8, 4, 2, 1],
 )
 COUNTS = (4, 17)
-
-
-def randn(*shape, seed=0, **kwargs):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, **kwargs)
 
 
 @pytest.mark.parametrize('k', [3, 5, 200])

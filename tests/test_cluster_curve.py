@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from test_visualization import ARCH
 
 from clustr_mm.ops import DPCKNN, KMeans
 from clustr_mm.visualization import evaluating, load_backbone, read_image
 
-CONFIG = """model = dict(
-    type='ClusTR',
-    arch=dict(
-        embed_dims=[8, 16, 24, 32],
-        num_heads=[1, 2, 3, 4],
-        mlp_ratios=[2, 2, 1, 1],
-        depths=[1, 2, 1, 1],
-        sr_ratios=[8, 4, 2, 1],
-    ),
-)
-"""
+CONFIG = f"model = dict(type='ClusTR', arch={ARCH})"
 
 
 @pytest.fixture

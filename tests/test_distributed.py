@@ -83,14 +83,3 @@ def test_two_processes_train_like_one(tmp_path):
     # The check itself: a parameter without use does not go unnoticed.
     for rank in ranks:
         assert 'Expected to have finished reduction' in rank['unused']
-
-
-def test_frozen_stages_have_no_gradient():
-    model = worker.make_model(**worker.CASES['frozen'])
-    for name, parameter in model.backbone.named_parameters():
-        assert parameter.requires_grad == name.startswith(('stages.2', 'stages.3'))
-
-
-def test_stages_after_the_last_index_do_not_exist():
-    model = worker.make_model(**worker.CASES['two_stages'])
-    assert len(model.backbone.stages) == 2

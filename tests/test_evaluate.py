@@ -66,6 +66,7 @@ class Mim:
         (folder / 'mim').mkdir(parents=True)
         (folder / 'mim/__init__.py').touch()
         (folder / 'mim/__main__.py').write_text(MIM)
+        (folder / 'calls').touch()
         self.give(**RESULTS)
 
     def give(self, **results):
@@ -76,12 +77,7 @@ class Mim:
 
     @property
     def calls(self):
-        file = self.folder / 'calls'
-        return (
-            list(map(json.loads, file.read_text().splitlines()))
-            if file.exists()
-            else []
-        )
+        return [*map(json.loads, (self.folder / 'calls').read_text().splitlines())]
 
 
 @pytest.fixture

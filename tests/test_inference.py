@@ -17,6 +17,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.utils import digit_version
 from skimage import data
+from test_configs import TINY
 from torch_versions import restricted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,12 +31,6 @@ EXAMPLES = {
         re.findall(r'```python\n(.*?)```', section, re.DOTALL)
     )
 }
-TINY = dict(
-    mmdet=CONFIGS / 'mmdet/mask-rcnn_clustr-t_fpn_1x_coco.py',
-    mmseg=CONFIGS / 'mmseg/fpn_clustr-t_4xb4-80k_ade20k-512x512.py',
-    mmpose=CONFIGS / 'mmpose/td-hm_clustr-t_8xb64-210e_coco-wholebody-256x192.py',
-    mmpretrain=CONFIGS / 'mmpretrain/clustr-t_8xb128_in1k.py',
-)
 HEIGHT, WIDTH = 96, 128
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import visualize_clusters
-from broken_files import BROKEN, HOSTILE, Attack, make_file
+from broken_files import BROKEN, HOSTILE, make_file
 from mmengine.model import BaseModel
 from mmengine.runner import Runner, load_checkpoint
 from PIL import Image
@@ -110,14 +110,6 @@ def test_weights_of_another_model(name):
 def test_no_weights(content):
     torch.save(content, FILE)
     refusal(Model(), by_init_cfg)
-
-
-@restricted
-@pytest.mark.parametrize('key', ['optimizer', 'param_schedulers', 'message_hub', 'ema'])
-def test_resume_refuses_what_comes_beside_the_weights(key):
-    model = Model()
-    torch.save({'state_dict': model.state_dict(), key: Attack()}, FILE)
-    refusal(model, by_resume)
 
 
 @pytest.mark.parametrize('kind', HOSTILE + BROKEN)

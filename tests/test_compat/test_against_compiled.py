@@ -14,10 +14,7 @@ pytestmark = pytest.mark.skipif(
     mmcv_ops_are_stand_in(), reason='mmcv has no compiled operators here'
 )
 #: Modules of mmcv.ops that call the extension.
-USERS = (
-    *('nms', 'roi_align', 'roi_pool', 'focal_loss'),
-    *('deform_conv', 'modulated_deform_conv'),
-)
+USERS = ('nms', 'roi_align', 'focal_loss', 'deform_conv', 'modulated_deform_conv')
 
 
 def randn(*shape, seed=0):
@@ -105,21 +102,6 @@ def test_roi_align(monkeypatch, number, aligned, sampling_ratio):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('number', [0, 12])
-def test_roi_pool(monkeypatch, number):
-    from mmcv.ops import roi_pool
-
-    # mmcv's RoI pooling has no CPU form in every version.
-    try:
-        a, b = both(
-            monkeypatch, lambda: with_gradient(roi_pool, rois(number), (3, 3), 0.25)
-        )
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    for x, y in zip(a, b):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize('groups', [1, 2])
 def test_deform_convs(monkeypatch, groups):
     from mmcv.ops import deform_conv2d, modulated_deform_conv2d
@@ -155,13 +137,8 @@ def test_mask_rcnn(monkeypatch):
     config.model.test_cfg.rcnn.score_thr = 0.0
     torch.manual_seed(0)
     model = MODELS.build(config.model).eval()
-    shape = dict(
-        img_shape=(96, 128),
-        ori_shape=(96, 128),
-        pad_shape=(96, 128),
-        batch_input_shape=(96, 128),
-        scale_factor=(1.0, 1.0),
-    )
+    shapes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+    shape = dict.fromkeys(shapes, (96, 128)) | dict(scale_factor=(1.0, 1.0))
 
     def run():
         with torch.no_grad():

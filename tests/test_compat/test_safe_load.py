@@ -9,13 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import DefaultSampler
 from mmengine.logging import HistoryBuffer, MessageHub
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
 from torch_versions import restricted
 
-import clustr_mm
 from clustr_mm.compat import activate, safe_load
 
 NUMBER_CODES = sorted('?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat'])
@@ -63,48 +59,6 @@ def test_message_hub(tmp_path):
     results = [history.statistics(name) for name in ('min', 'max', 'current', 'mean')]
     assert results == [1.0, 3.0, 2.0, 2.0]
     assert hub.get_info('best_score') == 0.25
-
-
-class ToyModel(BaseModel):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def forward(self, inputs, mode='tensor'):
-        return dict(loss=self.layer(inputs).square().mean())
-
-
-def toy_runner(folder: Path, epochs: int, **kwargs) -> Runner:
-    return Runner(
-        ToyModel(),
-        str(folder),
-        train_dataloader=dict(
-            dataset=[torch.ones(1), torch.zeros(1)],
-            sampler=dict(type=DefaultSampler, shuffle=False),
-            batch_size=1,
-            num_workers=0,
-            collate_fn=dict(type='pseudo_collate'),
-        ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-        param_scheduler=dict(type='ExponentialLR', gamma=0.5),
-        log_level='WARNING',
-        **kwargs,
-    )
-
-
-@restricted
-def test_runner_resumes(tmp_path):
-    toy_runner(tmp_path, 1, experiment_name='test_safe_load_1').train()
-    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)
-    assert isinstance(
-        checkpoint['message_hub']['log_scalars']['train/loss'], HistoryBuffer
-    )
-
-    runner = toy_runner(tmp_path, 2, experiment_name='test_safe_load_2', resume=True)
-    runner.train()
-    assert (tmp_path / 'epoch_2.pth').exists()
-    assert len(runner.message_hub.get_scalar('train/loss').data[0]) == 4
 
 
 @restricted
@@ -247,7 +201,3 @@ def test_older_torch_is_left_alone(monkeypatch):
     monkeypatch.setattr(safe_load, 'HAS_ALLOW_LIST', False)
     monkeypatch.delattr(torch.serialization, 'add_safe_globals', raising=False)
     safe_load.allow_runner_checkpoints()
-
-
-def test_package_activates():
-    assert clustr_mm.compat.activate is activate

@@ -2,28 +2,14 @@
 
 import pytest
 import torch
-
-from clustr_mm import ClusTR
-
-ARCH = dict(
-    embed_dims=[16, 32, 48, 64],
-    num_heads=[1, 2, 3, 4],
-    mlp_ratios=[2, 2, 2, 2],
-    depths=[3, 2, 2, 1],
-    sr_ratios=[8, 4, 2, 1],
-)
+from test_models.variants import ARCHS, make_model
 
 
 def run(share, with_cp=False, clusterer='DPCKNN'):
     """Maps, gradients, and the labels that every clustering found."""
-    torch.manual_seed(0)
-    model = ClusTR(
-        ARCH,
-        clusterer=dict(type=clusterer),
-        share_clusters=share,
-        with_cp=with_cp,
-        drop_path_rate=0.0,
-    )
+    arch = {**ARCHS['ClusTR'], 'depths': [3, 2, 2, 1]}
+    options = dict(share_clusters=share, with_cp=with_cp)
+    model = make_model('ClusTR', arch=arch, clusterer=dict(type=clusterer), **options)
     found = []
     for stage in model.stages[:3]:
         stage.blocks[0].attn.clusterer.register_forward_hook(
@@ -39,7 +25,8 @@ def run(share, with_cp=False, clusterer='DPCKNN'):
 def test_one_clustering_for_a_stage(clusterer, with_cp):
     maps, gradients, found = run(True, with_cp, clusterer)
     assert [labels.shape[1] for labels in found] == [384, 96, 24]
-    each, _, found = run(False, False, clusterer)
+    # Recomputed in the backward pass or not.
+    each, _, found = run(False, with_cp, clusterer)
     assert [labels.shape[1] for labels in found] == [384] * 3 + [96] * 2 + [24] * 2
     # A grid is the same in every block; tokens are not, nor are clusters of them.
     same = all(torch.equal(a, b) for a, b in zip(maps, each))

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from naive import naive_dpc_knn
+from naive import naive_dpc_knn, randn
 
 from clustr_mm.ops import dpc_knn, search
 
@@ -36,10 +36,6 @@ def rounded(tokens):
     return integers / square.sqrt().unsqueeze(2)
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def check(tokens, counts, k=5):
     labels = dpc_knn(tokens, counts, k)
     expected = naive_dpc_knn(tokens, counts, k)
@@ -58,38 +54,7 @@ def test_random_tokens(batch, length, channels, way):
     check(randn(batch, length, channels), [length // 16 + 1, length // 4, length])
 
 
-def test_counts_in_any_order_and_number():
-    tokens = randn(1, 40, 8)
-    a, b, c, d = check(tokens, [20, 3, 40, 20])
-    assert torch.equal(a, d)
-    assert torch.equal(dpc_knn(tokens, (3,))[0], b)
-
-
-@pytest.mark.parametrize('length', [1, 2, 3, 4])
-def test_fewer_tokens_than_neighbours(length):
-    for count in range(1, length + 1):
-        check(randn(2, length, 8), [count])
-
-
-@pytest.mark.parametrize('k', [1, 2, 7])
-def test_other_k(k):
-    check(randn(2, 50, 8), [5, 12], k)
-
-
-def test_as_many_clusters_as_tokens():
-    (labels,) = check(randn(2, 30, 8), [30])
-    assert torch.equal(labels.sort(dim=1)[0], torch.arange(30).expand(2, -1))
-
-
-def test_constant_tokens(way):
-    tokens = randn(1, 1, 16).expand(2, 150, 16)
-    one, ten = check(tokens, [1, 10])
-    # All tie: the first ten are the centres, all others join the first.
-    assert torch.equal(ten[0], torch.tensor([*range(10), *[0] * 140]))
-    assert not one.any()
-
-
-@pytest.mark.parametrize('copies', [2, 5, 40])
+@pytest.mark.parametrize('copies', [2, 5, 40, 200])
 def test_duplicates(copies, way):
     distinct = randn(2, 200 // copies, 24)
     tokens = distinct.repeat(1, copies, 1)
@@ -213,30 +178,6 @@ def test_process_never_holds_a_matrix_of_all_distances():
     assert int(done.stdout) < 256 * 1024
 
 
-def test_image_alone_and_in_a_batch():
-    tokens = randn(5, 196, 32)
-    together = dpc_knn(tokens, [12, 49])
-    for i in range(5):
-        alone = dpc_knn(tokens[i : i + 1], [12, 49])
-        for a, b in zip(together, alone):
-            assert torch.equal(a[i : i + 1], b)
-
-
-def test_repeats_and_ignores_layout():
-    tokens = randn(2, 8, 196).transpose(1, 2)
-    first, second = dpc_knn(tokens, [40]), dpc_knn(tokens.contiguous(), [40])
-    assert torch.equal(first[0], second[0])
-
-
-def test_float32_inside_autocast_and_no_gradient():
-    tokens = randn(2, 196, 32).requires_grad_()
-    plain = dpc_knn(tokens, [12, 49])
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        mixed = dpc_knn(tokens, [12, 49])
-    for a, b in zip(plain, mixed):
-        assert torch.equal(a, b) and not a.requires_grad
-
-
 def test_float32_inside_autocast_when_exported(monkeypatch):
     # Two groups so far apart that a search in bfloat16 would miss neighbours.
     tokens = randn(1, 400, 16) * 0.05
@@ -271,8 +212,6 @@ def test_not_finite_counts_as_zero(value):
     [
         ((2, 9), [1], 5, r'\(B, N, C\).*\(2, 9\)'),
         ((0, 9, 4), [1], 5, r'no empty axis.*\(0, 9, 4\)'),
-        ((2, 0, 4), [1], 5, r'no empty axis.*\(2, 0, 4\)'),
-        ((2, 9, 0), [1], 5, r'no empty axis.*\(2, 9, 0\)'),
         ((2, 9, 4), [], 5, r'from 1 to N = 9.*\[\]'),
         ((2, 9, 4), [0], 5, r'from 1 to N = 9.*\[0\]'),
         ((2, 9, 4), [3, 10], 5, r'from 1 to N = 9.*\[3, 10\]'),
