@@ -109,8 +109,8 @@ class Run:
         seed (int): Of weights and order.
         point (str): What the options are called; empty if there are none.
         options (Mapping): ``--cfg-options``.
-        weights (str): The variant whose network, of the same seed and the list 'main',
-            it begins with; empty for none.
+        weights (str): The variant whose network, of the same seed and the list 'main'
+            or 'camvid', it begins with; empty for none.
         is_test (bool): Whether these weights are tested as they are.
         task (str): 'cue_task' or 'camvid', the folder of the config.
     """
@@ -136,7 +136,7 @@ class Run:
     @property
     def source(self) -> Run:
         """The run that left ``weights``."""
-        return Run(self.weights, self.seed)
+        return Run(self.weights, self.seed, task=self.task)
 
     @property
     def config(self) -> Path:
@@ -237,6 +237,12 @@ def make_lists() -> dict[str, list[Run]]:
     ]
     runs['camvid'] = [
         Run(variant, seed, task='camvid') for seed in (0, 1) for variant in PHOTOGRAPHS
+    ]
+    runs['camvid-exchanged'] = [
+        Run(to, seed, f'weights-{weights}', {}, weights, is_test=True, task='camvid')
+        for seed in (0, 1)
+        for weights in PHOTOGRAPHS[:2]
+        for to in PHOTOGRAPHS[:2]
     ]
     return runs
 
