@@ -229,6 +229,16 @@ def make_lists() -> dict[str, list[Run]]:
         for seed, weights, variant in exchanged
         if variant in CLUSTERED and weights != variant
     ]
+    runs['larger'] = [
+        Run(variant, seed, point, options, variant, is_test=True)
+        for seed in (1, 2)
+        for n in (96, 128, 192, 256)
+        for variant in EXCHANGED
+        for point, options in (
+            (f'at-{n}', picture(size=n)),
+            (f'at-{n}-clusters-9', {**picture(size=n), **clusters(9)}),
+        )
+    ]
     rates = [(f'lr-{rate:g}', {RATE: rate, **TRYING}) for rate in RATES]
     runs['camvid-rates'] = [
         Run(variant, 0, point, options, task='camvid')
