@@ -368,6 +368,15 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
     assert 'quick.json: train the list quick first' in capsys.readouterr().err
 
 
+def test_records_stand_in_the_order_of_their_list(tmp_path):
+    runs = LISTS['backbones']
+    records = [record('else', 0, []), *(record(r.variant, r.seed, []) for r in runs)]
+    evidence.write_json(tmp_path / 'backbones.json', records[::-1])
+    evidence.gather('backbones', tmp_path, tmp_path)
+    found = json.loads((tmp_path / 'backbones.json').read_text())
+    assert found == [*records[1:], records[0]]
+
+
 def test_tables_of_the_page():
     """What stands in the documentation is what the records beside it say."""
     text = (ROOT / 'docs/evidence.md').read_text()

@@ -385,12 +385,14 @@ def has_network(run: Run, work_dir: Path) -> bool:
 
 
 def gather(name: str, work_dir: Path, out: Path) -> None:
-    """Put the records of a list into its file; others that are there stay."""
-    path = out / f'{name}.json'
+    """Put the records of a list into its file, in its order; others there stay."""
+    path, runs = out / f'{name}.json', make_lists()[name]
     known = json.loads(path.read_text()) if path.exists() else []
-    known += filter(None, (read_record(run, work_dir) for run in make_lists()[name]))
+    known += filter(None, (read_record(run, work_dir) for run in runs))
     records = {(r['variant'], r['point'], r['seed']): r for r in known}
-    write_json(path, list(records.values()))
+    order = [(run.variant, run.point, run.seed) for run in runs]
+    keys = [*filter(records.get, order), *(key for key in records if key not in order)]
+    write_json(path, [records[key] for key in keys])
 
 
 def train(
