@@ -13,6 +13,7 @@ import evidence
 import numpy as np
 import pytest
 import torch
+from get_flops import count_flops
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
@@ -121,9 +122,9 @@ def test_metric_of_single_classes():
     ]
 
 
-def load(variant):
+def load(variant, task='cue_task'):
     """Config and model of a variant."""
-    config = Config.fromfile(evidence.Run(variant, 0).config)
+    config = Config.fromfile(evidence.Run(variant, 0, task=task).config)
     for name in config.custom_imports.imports:
         __import__(name)
     init_default_scope(config.default_scope)
@@ -211,7 +212,7 @@ def test_control_arguments():
 def test_lists():
     """Every run has a config, a folder of its own, and options that take effect."""
     assert len(LISTS['main']) == 5 * len(LISTS['quick']) == 55
-    runs = [run for runs in LISTS.values() for run in runs if run.seed == 0]
+    runs = [r for runs in LISTS.values() for r in runs if r.seed == runs[0].seed]
     assert len({run.name for run in runs}) == len(set(map(str, runs)))
     base = evidence.count(evidence.Run('dpcknn', 0), {})
     files = {run.variant: run.config for run in runs}
@@ -223,6 +224,9 @@ def test_lists():
         assert (str(config._cfg_dict) == before) == (not run.options)
     large = next(run for run in runs if run.name == 'dpcknn_size-256_seed0')
     assert evidence.count(large, {})['multiply_adds'] > 7 * base['multiply_adds']
+    # Of crops of 128 pixels, as many as by get_flops.
+    r18 = evidence.count(LISTS['camvid'][3], {})
+    assert r18['multiply_adds'] == count_flops(load('r18', 'camvid')[1], 128, 128).total
 
 
 @pytest.fixture
@@ -338,7 +342,7 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
         'IoU at 500': '50.0 ± 42.4',
         'final IoU': '90.0 ± 7.1',
         'iterations to 80': '1000 ± 707',
-        'used the cue': '2 of 3',
+        'left the plateau': '2 of 3',
         'learnt': '2 of 3',
         'diverged or failed': '1',
         'parameters, M': '2.00',
@@ -346,7 +350,7 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
     }
     assert (none['final IoU'], none['iterations to 80']) == ('1.0', '–')
     # Before it had learnt more, and forgot it.
-    assert (none['used the cue'], none['learnt']) == ('1 of 1', '0 of 1')
+    assert (none['left the plateau'], none['learnt']) == ('1 of 1', '0 of 1')
     assert (every['final IoU'], every['diverged or failed']) == ('–', '1')
     assert re.search(r'\| grid +\|', capsys.readouterr().out)
     # Of a test there is one figure, after no iterations.
