@@ -50,8 +50,8 @@ class CueTask(BaseSegDataset):
     A picture is a piece of a darkened photograph with squares and discs in strong,
     noisy colours, and one cue: a square patch of one colour with a white rim. Shapes
     of the cue's colour are 'target', all others 'other', the rest, the cue included,
-    is 'background'. Nothing overlaps. The cue, wherever it is, tells the targets; so may
-    counting, since of all colours its own alone has always ``num_targets`` shapes.
+    is 'background'. Nothing overlaps. The cue, wherever it is, tells the targets.
+    Counting may, too: its colour alone always has ``num_targets`` shapes.
 
     A picture depends on split, seed and index alone. Its parts come from
     scikit-image, without a download.
