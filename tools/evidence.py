@@ -493,8 +493,8 @@ def make_table(records: Iterable[dict]) -> str:
             if seen != {0}:
                 first = (steps[0] for steps in learnt if steps)
                 row[f'iterations to {LEARNT}'] = spread(first, digits=0)
-            begun = sum(max(i.values(), default=0) >= BEGUN for i in ious)
-            row['left the plateau'] = f'{begun} of {len(runs)}'
+                begun = sum(max(i.values(), default=0) >= BEGUN for i in ious)
+                row['left the plateau'] = f'{begun} of {len(runs)}'
             row['learnt'] = f'{sum(map(bool, learnt))} of {len(runs)}'
         row['diverged or failed'] = len(runs) - len(ended)
         row['parameters, M'] = f'{runs[0]["parameters"] / 1e6:.2f}'
