@@ -22,5 +22,5 @@ for name in ('CLUSTR_CHECKPOINT', 'CLUSTR_IMG_SCALE'):
 # MMEngine reads all metafiles of a toolbox for every base that a config has there.
 utils.load = functools.cache(utils.load)
 
-# The toolboxes make a million objects, which are no garbage, to be looked at each time.
+# The toolboxes make a million objects that stay: the collector shall look less often.
 gc.set_threshold(100_000)

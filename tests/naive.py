@@ -1,4 +1,4 @@
-"""References that follow the definitions word for word, slow and plain; noise."""
+"""Slow, plain references by the definitions, and noise to try them on."""
 
 import math
 

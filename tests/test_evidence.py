@@ -231,15 +231,15 @@ def test_lists():
 
 @pytest.fixture
 def short(monkeypatch):
-    """A training, a test and a tuning of its network, and a tuning of none."""
+    """A training, one that cannot be, and a test and a tuning of the first one's."""
     runs = [
         evidence.Run('grid', 3),
+        evidence.Run('grid', 3, 'wide', evidence.picture(cue_size=500)),
         evidence.Run('grid', 3, 'tested', {}, 'grid', is_test=True),
         evidence.Run('kmeans1', 3, 'tuned', {}, 'grid'),
-        evidence.Run('kmeans1', 4, 'tuned', {}, 'grid'),
+        evidence.Run('kmeans1', 4, 'tuned', {}, 'grid'),  # of which there is none
     ]
     monkeypatch.setattr(evidence, 'make_lists', lambda: {'short': runs})
-    return runs
 
 
 def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsys):
@@ -247,41 +247,35 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
     work, out = tmp_path / 'work', tmp_path / 'evidence'
     arguments = ['short', '--work-dir', str(work), '--out', str(out), '--jobs', '1']
     arguments += ['--cfg-options', *TINY]
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match='1 runs failed'):
         evidence.main(arguments)
-    assert not end.value.code
     printed = capsys.readouterr().out
-    assert 'short: 4 runs, 0 finished before' in printed
+    assert 'short: 5 runs, 0 finished before' in printed
     assert 'kmeans1_tuned_seed4: left out, its weights are not trained yet' in printed
-    good, tested, tuned = json.loads((out / 'short.json').read_text())
+    good, bad, tested, tuned = json.loads((out / 'short.json').read_text())
     assert (good['status'], good['seed'], good['point']) == ('finished', 3, '')
     assert list(good['iou']) == list(tuned['iou']) == ['1', '2']
     assert good['options']['train_cfg.max_iters'] == 2
     assert good['seconds_per_iteration'] > 0
     assert good['commit'] and good['machine']
     assert good['versions']['torch'] == version('torch')
+    assert bad['status'] == 'failed' and 'cue_size must be' in bad['error']
     assert tested['iou'] == {'0': good['iou']['2']}
     log = (work / 'kmeans1_tuned_seed3/log.txt').read_text()
     assert 'Load checkpoint from' in log and 'grid_seed3/iter_2.pth' in log
 
-    # Only what failed is tried again.
-    short[3] = evidence.Run('grid', 3, 'wide', evidence.picture(cue_size=500))
+    # Only the failed one is tried again.
     started = []
 
-    def fail(run, work_dir, _):
+    def start(run, *_):
         started.append(run.point)
-        (work_dir / run.name).mkdir(exist_ok=True)
-        (work_dir / run.name / 'log.txt').write_text('ValueError: no room\n')
         return subprocess.Popen([sys.executable, '-c', 'exit(1)'])
 
-    monkeypatch.setattr(evidence, 'start', fail)
-    for _ in range(2):
-        with pytest.raises(SystemExit, match='1 runs failed'):
-            evidence.main(arguments)
-        assert '4 runs, 3 finished before' in capsys.readouterr().out
-        bad = json.loads((out / 'short.json').read_text())[3]
-        assert (bad['status'], bad['error']) == ('failed', 'ValueError: no room')
-    assert started == ['wide', 'wide']
+    monkeypatch.setattr(evidence, 'start', start)
+    with pytest.raises(SystemExit, match='1 runs failed'):
+        evidence.main(arguments)
+    assert '5 runs, 3 finished before' in capsys.readouterr().out
+    assert started == ['wide']
 
     # Pictures, labels, and what the two networks that left a checkpoint make of them.
     evidence.main([*arguments[:5], '--predictions'])

@@ -86,5 +86,5 @@ def test_trial(folder, toolbox, config, metric, least):
     (log,) = folder.glob(f'work_dirs/{config}/*/vis_data/scalars.json')
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [line['loss'] for line in lines if 'loss' in line]
-    assert np.mean(losses[-2:]) < 0.8 * losses[0]
+    assert np.mean(losses[-2:]) < 0.7 * losses[0]
     assert next(line[metric] for line in lines if metric in line) > least

@@ -53,45 +53,19 @@ MAIN = (
 BACKBONES = ('dpcknn', 'dualvit', 'linglo', 'stt', 'pvtv2', 'swin', 'resnet')
 CLUSTERED = ('dpcknn', 'kmeans3', 'grid')
 PHOTOGRAPHS = ('clustr-t', 'clustr-t-linear', 'pvtv2-b1', 'r18')
-#: Learning rates that are tried for each of them, trained on a part of CamVid's train
-#: and tested on the rest, for a tenth of the time.
+#: Learning rates that are tried for each of them, and options for training on a part
+#: of CamVid's train and testing on the rest.
+RATE = 'optim_wrapper.optimizer.lr'
 RATES = (3e-4, 6e-4, 1.2e-3)
-TRYING = {
+HELD_OUT = {
     'train_dataloader.dataset.ann_file': 'fit.txt',
     'val_dataloader.dataset.ann_file': 'held_out.txt',
     'val_dataloader.dataset.data_prefix.img_path': 'images/train',
     'val_dataloader.dataset.data_prefix.seg_map_path': 'annotations/train',
-    'train_cfg.max_iters': 300,
-    'train_cfg.val_interval': 300,
-    'param_scheduler.0.end': 30,
-    'param_scheduler.1.begin': 30,
-    'param_scheduler.1.end': 300,
 }
 #: Networks that are tested with the clusters of OTHERS; parameters are the same.
 EXCHANGED = ('dpcknn', 'kmeans3')
 OTHERS = MAIN[:7]
-
-RATE = 'optim_wrapper.optimizer.lr'
-#: Options for going on with the weights of another network for 200 iterations.
-TUNING = {
-    'train_cfg.max_iters': 200,
-    'train_cfg.val_interval': 100,
-    'default_hooks.checkpoint.interval': 200,
-    RATE: 2e-4,
-    'param_scheduler.0.end': 20,
-    'param_scheduler.1.begin': 20,
-    'param_scheduler.1.end': 200,
-}
-
-#: Options for three times as long a training.
-LONGER = {
-    'train_cfg.max_iters': 3000,
-    'train_cfg.val_interval': 250,
-    'default_hooks.checkpoint.interval': 250,
-    'param_scheduler.0.end': 900,
-    'param_scheduler.1.begin': 900,
-    'param_scheduler.1.end': 3000,
-}
 
 #: Target IoU in percent that is more than taking all shapes for targets would have, 33;
 #: with which a network has learnt the task; and the iterations at which tables look.
@@ -159,6 +133,18 @@ def backbone(**settings: Any) -> dict[str, Any]:
     return {f'model.backbone.{key}': value for key, value in settings.items()}
 
 
+def schedule(iterations: int, warm_up: int, interval: int) -> dict[str, int]:
+    """Options for so many iterations; validation and checkpoint every ``interval``."""
+    return {
+        'train_cfg.max_iters': iterations,
+        'train_cfg.val_interval': interval,
+        'default_hooks.checkpoint.interval': interval,
+        'param_scheduler.0.end': warm_up,
+        'param_scheduler.1.begin': warm_up,
+        'param_scheduler.1.end': iterations,
+    }
+
+
 def clusters(number: int) -> dict[str, Any]:
     """Options for so many coarse clusters in each stage, as far as it has tokens."""
     return backbone(**{'arch.sr_ratios': [4, 2, 2, 1], 'max_clusters': number})
@@ -171,7 +157,10 @@ def make_lists() -> dict[str, list[Run]]:
     lists = {
         'quick': (1, [(MAIN, '', {})]),
         'main': (5, [(MAIN, '', {})]),
-        'longer': (1, [((*CLUSTERED, 'all', 'strided'), 'longer', LONGER)]),
+        'longer': (
+            1,
+            [((*CLUSTERED, 'all', 'strided'), 'longer', schedule(3000, 900, 250))],
+        ),
         'backbones': (3, [(BACKBONES, '', {})]),
         'cue-sizes': (
             3,
@@ -224,8 +213,9 @@ def make_lists() -> dict[str, list[Run]]:
         Run(variant, seed, f'weights-{weights}', {}, weights, is_test=True)
         for seed, weights, variant in exchanged
     ]
+    tuning = {**schedule(200, 20, 100), RATE: 2e-4}
     runs['tuned'] = [
-        Run(variant, seed, f'tuned-{weights}', TUNING, weights)
+        Run(variant, seed, f'tuned-{weights}', tuning, weights)
         for seed, weights, variant in exchanged
         if variant in CLUSTERED and weights != variant
     ]
@@ -244,10 +234,10 @@ def make_lists() -> dict[str, list[Run]]:
             (f'at-{n}-clusters-9', {**picture(size=n), **clusters(9)}),
         )
     ]
-    rates = [(f'lr-{rate:g}', {RATE: rate, **TRYING}) for rate in RATES]
+    tenth = {**HELD_OUT, **schedule(300, 30, 300)}
     runs['camvid-rates'] = [
-        Run(variant, 0, point, options, task='camvid')
-        for point, options in rates
+        Run(variant, 0, f'lr-{rate:g}', {**tenth, RATE: rate}, task='camvid')
+        for rate in RATES
         for variant in PHOTOGRAPHS
     ]
     runs['camvid'] = [
@@ -396,8 +386,8 @@ def gather(name: str, work_dir: Path, out: Path) -> None:
     known += filter(None, (read_record(run, work_dir) for run in runs))
     records = {(r['variant'], r['point'], r['seed']): r for r in known}
     order = [(run.variant, run.point, run.seed) for run in runs]
-    keys = [*filter(records.get, order), *(key for key in records if key not in order)]
-    write_json(path, [records[key] for key in keys])
+    keys = dict.fromkeys([*order, *records])
+    write_json(path, [records[key] for key in keys if key in records])
 
 
 def train(
@@ -466,6 +456,11 @@ def spread(values: Iterable[float | None], digits: int = 1) -> str:
     return text + (f' ± {statistics.stdev(known):.{digits}f}' if known[1:] else '')
 
 
+def has_classes(records: Iterable[dict]) -> bool:
+    """Whether the figure is the mean over classes: of CamVid, not of the cue task."""
+    return any('classes' in record for record in records)
+
+
 def make_table(records: Iterable[dict]) -> str:
     """Markdown table of a list, seeds together; IoU is in percent.
 
@@ -474,7 +469,7 @@ def make_table(records: Iterable[dict]) -> str:
     records = list(records)
     # Of a test there is one figure, at 0 iterations.
     seen = {int(step) for record in records for step in record['iou']}
-    photographs = any('classes' in record for record in records)
+    photographs = has_classes(records)
     rows = []
     for (variant, point), runs in group(records).items():
         ended = [run for run in runs if run['status'] == 'finished']
@@ -541,8 +536,7 @@ def draw(records: Sequence[dict], path: Path) -> None:
     if key == 'point':
         figure.legend(lines.values(), lines, loc='outside right')
     figure.supxlabel('iterations')
-    photographs = any('classes' in record for record in records)
-    figure.supylabel('mIoU, %' if photographs else 'IoU of the target, %')
+    figure.supylabel('mIoU, %' if has_classes(records) else 'IoU of the target, %')
     write_whole(path, to_png(figure))
 
 

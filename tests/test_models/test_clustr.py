@@ -88,17 +88,41 @@ def test_large_importance_does_not_overflow():
     assert attn(randn(1, 36, 16), (6, 6)).isfinite().all()
 
 
-def test_no_clustering_where_clusters_are_tokens(monkeypatch):
-    seen, find = [], DPCKNN.find
+class Spy(DPCKNN):
+    """Tells what it is asked for."""
 
-    def spy(self, tokens, counts):
-        seen.append((tokens.shape[1], tuple(counts), self.k))
-        return find(self, tokens, counts)
+    seen: list
 
-    monkeypatch.setattr(DPCKNN, 'find', spy)
-    random_model('ClusTR', clusterer=dict(type='DPCKNN', k=7))(randn(1, 3, 64, 64))
+    def find(self, tokens, counts):
+        labels = super().find(tokens, counts)
+        self.seen.append((tokens, tuple(counts), self.k, labels))
+        return labels
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    monkeypatch.setattr(Spy, 'seen', [], raising=False)
+    return Spy
+
+
+def test_no_clustering_where_clusters_are_tokens(spy):
+    random_model('ClusTR', clusterer=dict(type=spy, k=7))(randn(1, 3, 64, 64))
     # Stage 3 has 16 tokens, M1 = 4 and M2 = 16; stage 4 is not clustered.
-    assert seen == ([(256, (4, 16), 7)] + [(64, (4, 16), 7)] * 2 + [(16, (4,), 7)] * 2)
+    assert [(len(tokens[0]), counts) for tokens, counts, _, _ in spy.seen] == (
+        [(256, (4, 16))] + [(64, (4, 16))] * 2 + [(16, (4,))] * 2
+    )
+    assert {k for _, _, k, _ in spy.seen} == {7}
+
+
+@pytest.mark.parametrize('dtype', HALF)
+def test_autocast_clusters_in_float32(spy, dtype):
+    model = random_model('ClusTR', clusterer=dict(type=spy)).train()
+    with torch.autocast('cpu', dtype=dtype):
+        model(randn(2, 3, 64, 64))
+    assert len(spy.seen) == 5
+    for tokens, counts, k, labels in spy.seen:
+        for a, b in zip(labels, dpc_knn(tokens.float(), counts, k)):
+            assert torch.equal(a, b)
 
 
 @compiles

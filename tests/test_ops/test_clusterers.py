@@ -275,6 +275,20 @@ def test_window_is_given_in_pixels():
     assert shapes == [(2, 28 * 28, 8)]
 
 
+def test_windowed_attention_attends_to_all_windows():
+    torch.manual_seed(0)
+    model = ClusTR('tiny', clusterer=dict(type='DPCKNN', window=32)).eval()
+    attn = model.stages[0].blocks[0].attn
+    x = randn(1, 16 * 16, 64)
+    # Four windows of 8 x 8 tokens, each with 1 and 4 clusters.
+    assert attn.cluster(x, (16, 16)).counts == (4, 16)
+    changed = x.clone()
+    changed[:, -1] += 10  # in the last window
+    with torch.no_grad():
+        difference = attn(changed, (16, 16)) - attn(x, (16, 16))
+    assert (difference[:, 0].abs() > 0).any()  # seen from the first
+
+
 @pytest.mark.parametrize('size', [(64, 64), (40, 64), (1, 1)])
 def test_windows_change_nothing_where_the_image_fits(size):
     torch.manual_seed(0)
@@ -304,7 +318,11 @@ def test_max_clusters(most):
     [
         (dict(max_clusters=0), 'max_clusters.*got 0'),
         (dict(max_clusters='49'), "max_clusters.*got '49'"),
+        (dict(clusterer='KMeans'), "clusterer.*got 'KMeans'"),
+        (dict(clusterer=dict(steps=3)), "clusterer.*'type'"),
+        (dict(clusterer=dict(type='DPCKNN', k=0)), 'k must.*got 0'),
         (dict(clusterer=dict(type='DPCKNN', k=2.5)), r'k must.*got 2\.5'),
+        (dict(clusterer=dict(type='DPCKNN', k='5')), "k must.*got '5'"),
         (dict(clusterer=dict(type='DPCKNN', window=0)), 'window must.*got 0'),
         (dict(clusterer=dict(type='DPCKNN', window=1.5)), 'window must.*got 1.5'),
         (dict(clusterer=dict(type='KMeans', steps=0)), 'steps must.*got 0'),
@@ -324,6 +342,7 @@ def test_wrong_arguments(kwargs, message):
     [
         ('num_neighbors', r"'num_neighbors'.*type='DPCKNN', k="),
         ('cluster_window', r"'cluster_window'.*type='DPCKNN', window="),
+        ('depth', "'depth'.*_delete_=True"),
     ],
 )
 def test_arguments_that_are_no_more(name, message):

@@ -62,7 +62,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 @functools.cache
 def make_empty(cls: type[PyramidBackbone], arch: str) -> PyramidBackbone:
-    """A backbone on the meta device."""
+    """A backbone on the meta device, the same for all that are converted."""
     with torch.device('meta'):
         return cls(arch)
 
