@@ -222,11 +222,14 @@ def test_lists():
         before = str(config._cfg_dict)
         config.merge_from_dict(dict(run.options))
         assert (str(config._cfg_dict) == before) == (not run.options)
-    large = next(run for run in runs if run.name == 'dpcknn_size-256_seed0')
+    large = next(run for run in runs if run.name == 'cue_task/dpcknn_size-256_seed0')
     assert evidence.count(large, {})['multiply_adds'] > 7 * base['multiply_adds']
-    # Of crops of 128 pixels, as many as by get_flops.
+    # Of crops of 128 pixels, and of 240 x 320, as many as by get_flops.
     r18 = evidence.count(LISTS['camvid'][3], {})
     assert r18['multiply_adds'] == count_flops(load('r18', 'camvid')[1], 128, 128).total
+    cells = evidence.count(LISTS['bccd'][1], {})
+    model = load('pvtv2-b1', 'bccd')[1]
+    assert cells['multiply_adds'] == count_flops(model, 240, 320).total
 
 
 @pytest.fixture
@@ -254,14 +257,14 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
     assert 'kmeans1_tuned_seed4: left out, its weights are not trained yet' in printed
     good, bad, tested, tuned = json.loads((out / 'short.json').read_text())
     assert (good['status'], good['seed'], good['point']) == ('finished', 3, '')
-    assert list(good['iou']) == list(tuned['iou']) == ['1', '2']
+    assert list(good['scores']) == list(tuned['scores']) == ['1', '2']
     assert good['options']['train_cfg.max_iters'] == 2
     assert good['seconds_per_iteration'] > 0
     assert good['commit'] and good['machine']
     assert good['versions']['torch'] == version('torch')
     assert bad['status'] == 'failed' and 'cue_size must be' in bad['error']
-    assert tested['iou'] == {'0': good['iou']['2']}
-    log = (work / 'kmeans1_tuned_seed3/log.txt').read_text()
+    assert tested['scores'] == {'0': good['scores']['2']}
+    log = (work / 'cue_task/kmeans1_tuned_seed3/log.txt').read_text()
     assert 'Load checkpoint from' in log and 'grid_seed3/iter_2.pth' in log
 
     # Only the failed one is tried again.
@@ -299,7 +302,8 @@ def record(variant, seed, ious, **more):
             point='',
             seed=seed,
             status='finished',
-            iou=dict(zip(('250', '500', '1500'), ious)),
+            figure='IoU',
+            scores=dict(zip(('250', '500', '1500'), ious)),
             parameters=2_000_000,
             multiply_adds=120_000_000,
         )
@@ -348,11 +352,12 @@ def test_tables_are_what_the_json_says(tmp_path, capsys):
     assert (every['final IoU'], every['diverged or failed']) == ('–', '1')
     assert re.search(r'\| grid +\|', capsys.readouterr().out)
     # Of a test there is one figure, after no iterations.
-    tested = record('grid', 0, [], iou={'0': 91})
+    tested = record('grid', 0, [], scores={'0': 91})
     titles = evidence.make_table([tested]).splitlines()[0]
     photographs = [
-        record('r18', seed, [9, 20, 30 + seed], classes=dict(pole=seed, sky=90))
+        record('r18', seed, [9, 20, 30 + seed], **of)
         for seed in (0, 2)
+        for of in [dict(figure='mIoU', classes=dict(pole=seed, sky=90))]
     ]
     table = evidence.make_table(photographs).splitlines()
     cells = [[cell.strip() for cell in line.split('|')] for line in table]
@@ -409,7 +414,10 @@ def test_what_is_measured_of_a_divergence(tmp_path, monkeypatch):
     lines = [dict(loss=math.nan, time=0.1), dict(step=1, mIoU=1, **{'IoU.target': 0.0})]
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
     found = evidence.measure(evidence.Run('grid', 0), tmp_path, 0, {})
-    assert (found['status'], found['iou']) == ('diverged', {'1': 0.0})
+    assert (found['status'], found['scores']) == ('diverged', {'1': 0.0})
     assert 'classes' not in found
     found = evidence.measure(evidence.Run('r18', 0, task='camvid'), tmp_path, 0, {})
-    assert (found['iou'], found['classes']) == ({'1': 1}, {'target': 0.0})
+    assert (found['scores'], found['classes']) == ({'1': 1}, {'target': 0.0})
+    (folder / 'scalars.json').write_text('{"step": 9, "pascal_voc/AP50": 0.123}')
+    found = evidence.measure(evidence.Run('pvtv2-b1', 0, task='bccd'), tmp_path, 0, {})
+    assert (found['figure'], found['scores']) == ('AP50', {'9': 12.3})

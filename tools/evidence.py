@@ -1,4 +1,4 @@
-"""Train and test lists of networks on the cue task or CamVid, and keep the results.
+"""Train and test lists of networks on small tasks, and keep the results.
 
 Runs that are finished are not trained again, and interrupted ones go on. What is known
 of a list so far stands in <out>/<list>.json, from which tables and figures are made.
@@ -53,6 +53,12 @@ MAIN = (
 BACKBONES = ('dpcknn', 'dualvit', 'linglo', 'stt', 'pvtv2', 'swin', 'resnet')
 CLUSTERED = ('dpcknn', 'kmeans3', 'grid')
 PHOTOGRAPHS = ('clustr-t', 'clustr-t-linear', 'pvtv2-b1', 'r18')
+#: Task -> what toolboxes call its figure, what we call it, and its unit in percent.
+FIGURES = {
+    'cue_task': ('IoU.target', 'IoU', 1),
+    'camvid': ('mIoU', 'mIoU', 1),
+    'bccd': ('pascal_voc/AP50', 'AP50', 100),
+}
 #: Learning rates that are tried for each of them, and options for training on a part
 #: of CamVid's train and testing on the rest.
 RATE = 'optim_wrapper.optimizer.lr'
@@ -79,14 +85,14 @@ class Run:
     """One training, or test.
 
     Attributes:
-        variant (str): Which config, ``fpn_<variant>_...py``.
+        variant (str): Which config, ``<method>_<variant>_...py``.
         seed (int): Of weights and order.
         point (str): What the options are called; empty if there are none.
         options (Mapping): ``--cfg-options``.
         weights (str): The variant whose network, of the same seed and the list 'main'
             or 'camvid', it begins with; empty for none.
         is_test (bool): Whether these weights are tested as they are.
-        task (str): 'cue_task' or 'camvid', the folder of the config.
+        task (str): A key of ``FIGURES``, the folder of the config.
     """
 
     variant: str
@@ -99,8 +105,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
-        return '_'.join(filter(None, [self.variant, self.point, f'seed{self.seed}']))
+        """Name of its folder, in that of its task."""
+        parts = filter(None, [self.variant, self.point, f'seed{self.seed}'])
+        return f'{self.task}/{"_".join(parts)}'
 
     def find_network(self, work_dir: Path) -> Path:
         """The checkpoint that it left; a path of none if it is not there yet."""
@@ -115,7 +122,7 @@ class Run:
     @property
     def config(self) -> Path:
         """Its config."""
-        (path,) = (ROOT / 'configs/mmseg' / self.task).glob(f'fpn_{self.variant}_*.py')
+        (path,) = (ROOT / 'configs').glob(f'*/{self.task}/*_{self.variant}_*.py')
         return path
 
 
@@ -162,15 +169,10 @@ def make_lists() -> dict[str, list[Run]]:
             [((*CLUSTERED, 'all', 'strided'), 'longer', schedule(3000, 900, 250))],
         ),
         'backbones': (3, [(BACKBONES, '', {})]),
-        'cue-sizes': (
-            3,
-            [(every, f'cue-{n}', picture(cue_size=n)) for n in (4, 6, 8, 10, 12, 16)],
-        ),
-        'cluster-counts': (
-            3,
-            [(CLUSTERED, f'clusters-{n}', clusters(n)) for n in (2, 4, 9, 18)],
-        ),
-        'picture-sizes': (3, []),
+        # A sweep has the list 'main' as its point without a name.
+        'cue-sizes': (3, [(every, '', {})]),
+        'cluster-counts': (3, [(CLUSTERED, '', {})]),
+        'picture-sizes': (3, [(every, '', {})]),
         'parts': (
             3,
             [
@@ -186,7 +188,11 @@ def make_lists() -> dict[str, list[Run]]:
             ],
         ),
     }
-    for n in (64, 96, 128, 192, 256):
+    for n in (4, 6, 10, 16):
+        lists['cue-sizes'][1].append((every, f'cue-{n}', picture(cue_size=n)))
+    for n in (2, 4, 18):
+        lists['cluster-counts'][1].append((CLUSTERED, f'clusters-{n}', clusters(n)))
+    for n in (64, 128, 192, 256):
         size = picture(size=n)
         lists['picture-sizes'][1].extend(
             [
@@ -243,6 +249,11 @@ def make_lists() -> dict[str, list[Run]]:
     runs['camvid'] = [
         Run(variant, seed, task='camvid') for seed in (0, 1) for variant in PHOTOGRAPHS
     ]
+    runs['bccd'] = [
+        Run(variant, seed, task='bccd')
+        for seed in (0, 1)
+        for variant in PHOTOGRAPHS[1:3]
+    ]
     runs['camvid-exchanged'] = [
         Run(to, seed, f'weights-{weights}', {}, weights, is_test=True, task='camvid')
         for seed in (0, 1)
@@ -265,7 +276,8 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
         way = ['train']
         options['load_from'] = run.source.find_network(work_dir)
     command = [
-        *(sys.executable, '-m', 'mim', way[0], 'mmseg', str(run.config), *way[1:]),
+        *(sys.executable, '-m', 'mim', way[0], run.config.parts[-3]),
+        *(str(run.config), *way[1:]),
         *('--work-dir', str(folder), '--cfg-options'),
         *(f'{key}={value}'.replace(' ', '') for key, value in options.items()),
     ]
@@ -289,19 +301,20 @@ def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> di
         for line in file.read_text().splitlines()
     ]
     trained = [line for line in scalars if 'loss' in line]
-    tested = {line['step']: line for line in scalars if 'mIoU' in line}
+    key, name, percent = FIGURES[run.task]
+    tested = {line['step']: line for line in scalars if key in line}
     for file in folder.glob('*/*.json') if run.is_test else ():
         tested[0] = json.loads(file.read_text())
-    figure = 'IoU.target' if run.task == 'cue_task' else 'mIoU'
     record = dict(
         variant=run.variant,
         point=run.point,
         seed=run.seed,
         options={**run.options, **options},
         status='finished',
-        iou={str(step): tested[step][figure] for step in sorted(tested)},
+        figure=name,
+        scores={str(x): round(tested[x][key] * percent, 2) for x in sorted(tested)},
     )
-    if run.task != 'cue_task':
+    if run.task == 'camvid':
         last = tested[max(tested)] if tested else {}
         record['classes'] = {k[4:]: v for k, v in last.items() if k[:4] == 'IoU.'}
     if code:
@@ -320,11 +333,12 @@ def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
     config = read_config(run.config)
     config.merge_from_dict({**run.options, **options})
     init_default_scope(config.default_scope)
-    # Of the pictures, or of what is cut out of them.
-    size = config.get('crop_size', [config.train_dataloader.dataset.get('size', 96)])[0]
+    # Of the pictures, what is cut out of them, or what they are resized to.
+    side = config.train_dataloader.dataset.get('size', 96)
+    width, height = config.get('crop_size', config.get('scale', (side, side)))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the toolbox's own, about its own names
-        flops = count_flops(MODELS.build(config.model), size, size)
+        flops = count_flops(MODELS.build(config.model), height, width)
     return dict(parameters=flops.parameters, multiply_adds=flops.total)
 
 
@@ -427,10 +441,10 @@ def train(
                     slim(folder)
                 left = len(waiting) + len(running)
                 minutes = (time.time() - begin) / (number - left) * left / 60
-                ious = ' '.join(f'{iou:.0f}' for iou in record['iou'].values())
+                scores = ' '.join(f'{score:.0f}' for score in record['scores'].values())
                 print(
-                    f'{run.name}: {record["status"]}, IoU {ious or "unknown"}; '
-                    f'{left} left, about {minutes:.0f} min',
+                    f'{run.name}: {record["status"]}, {record["figure"]} '
+                    f'{scores or "unknown"}; {left} left, about {minutes:.0f} min',
                     flush=True,
                 )
     finally:
@@ -456,39 +470,31 @@ def spread(values: Iterable[float | None], digits: int = 1) -> str:
     return text + (f' ± {statistics.stdev(known):.{digits}f}' if known[1:] else '')
 
 
-def has_classes(records: Iterable[dict]) -> bool:
-    """Whether the figure is the mean over classes: of CamVid, not of the cue task."""
-    return any('classes' in record for record in records)
-
-
 def make_table(records: Iterable[dict]) -> str:
-    """Markdown table of a list, seeds together; IoU is in percent.
+    """Markdown table of a list, seeds together; scores are in percent.
 
-    It is that of the cue task's target or, of records with ``classes``, the mean.
+    They are the IoU of the cue task's target, or what ``figure`` of the records says.
     """
     records = list(records)
-    # Of a test there is one figure, at 0 iterations.
-    seen = {int(step) for record in records for step in record['iou']}
-    photographs = has_classes(records)
+    # Of a test there is one score, at 0 iterations.
+    seen = {int(step) for record in records for step in record['scores']}
     rows = []
     for (variant, point), runs in group(records).items():
+        figure = runs[0]['figure']
         ended = [run for run in runs if run['status'] == 'finished']
-        ious = [run['iou'] for run in ended]
-        learnt = [[int(step) for step in i if i[step] >= LEARNT] for i in ious]
+        curves = [run['scores'] for run in ended]
+        learnt = [[int(step) for step in c if c[step] >= LEARNT] for c in curves]
         row = {'network': f'{variant} {point}'.strip()}
         for step in sorted(seen.intersection(STEPS)):
-            row[f'IoU at {step}'] = spread(i.get(str(step)) for i in ious)
-        row['final mIoU' if photographs else 'final IoU'] = spread(
-            [*i.values()][-1] for i in ious
-        )
-        if photographs:
-            for name in dict.fromkeys(name for r in records for name in r['classes']):
-                row[name] = spread(run['classes'].get(name) for run in ended)
-        else:
+            row[f'{figure} at {step}'] = spread(c.get(str(step)) for c in curves)
+        row[f'final {figure}'] = spread([*c.values()][-1] for c in curves)
+        for name in runs[0].get('classes', ()):
+            row[name] = spread(run['classes'].get(name) for run in ended)
+        if figure == 'IoU':
             if seen != {0}:
                 first = (steps[0] for steps in learnt if steps)
                 row[f'iterations to {LEARNT}'] = spread(first, digits=0)
-                begun = sum(max(i.values(), default=0) >= BEGUN for i in ious)
+                begun = sum(max(c.values(), default=0) >= BEGUN for c in curves)
                 row['left the plateau'] = f'{begun} of {len(runs)}'
             row['learnt'] = f'{sum(map(bool, learnt))} of {len(runs)}'
         row['diverged or failed'] = len(runs) - len(ended)
@@ -508,7 +514,7 @@ def put_table(page: Path, name: str, table: str) -> None:
 
 
 def draw(records: Sequence[dict], path: Path) -> None:
-    """Draw IoU over iterations: each seed (thin), and their mean.
+    """Draw scores over iterations: each seed (thin), and their mean.
 
     A panel is a point of the list; of a list with one point, it is a network.
     """
@@ -524,19 +530,19 @@ def draw(records: Sequence[dict], path: Path) -> None:
     for (variant, _), runs in group(records).items():
         axis = grid.flat[titles.index(runs[0][key])]
         colour = f'C{variants.index(variant)}'
-        curves = [{int(k): v for k, v in run['iou'].items()} for run in runs]
+        curves = [{int(k): v for k, v in run['scores'].items()} for run in runs]
         for curve in curves:
             axis.plot(curve.keys(), curve.values(), color=colour, lw=0.8, alpha=0.6)
         steps = sorted(set().union(*curves))
         means = [statistics.mean(c[x] for c in curves if x in c) for x in steps]
         (lines[variant],) = axis.plot(steps, means, color=colour, lw=2.5)
-        axis.set(title=runs[0][key], ylim=(-3, 103))
+        axis.set(title=runs[0][key] or 'as in main', ylim=(-3, 103))
     for axis in grid.flat[len(titles) :]:
         axis.remove()
     if key == 'point':
         figure.legend(lines.values(), lines, loc='outside right')
     figure.supxlabel('iterations')
-    figure.supylabel('mIoU, %' if has_classes(records) else 'IoU of the target, %')
+    figure.supylabel(f'{records[0]["figure"]}, %')
     write_whole(path, to_png(figure))
 
 
