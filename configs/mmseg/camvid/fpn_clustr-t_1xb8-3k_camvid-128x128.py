@@ -1,7 +1,8 @@
 # CamVid at 240 x 180, from scratch; tools/dataset_converters/camvid.py makes the data.
 # Neck and head have 64 channels: with 256 they take more time than the backbone.
-# Nobody has trained this in full, and the learning rate is a first guess. The IoU of
-# each class is from clustr_mm.evidence, which needs scikit-image (`clustr_mm[tools]`).
+# The learning rate was chosen for each network on a held-out part of train, see
+# docs/evidence.md. The IoU of each class is from clustr_mm.evidence, which needs
+# scikit-image (`clustr_mm[tools]`).
 _base_ = ['mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/default_runtime.py']
 custom_imports = dict(imports=['clustr_mm', 'clustr_mm.evidence'])
 
