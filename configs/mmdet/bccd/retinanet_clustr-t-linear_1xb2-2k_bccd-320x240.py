@@ -29,7 +29,7 @@ dataset = dict(
     data_prefix=dict(sub_data_root=''),
 )
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
@@ -58,23 +58,23 @@ val_dataloader = test_dataloader
 test_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='area')
 val_evaluator = test_evaluator
 
-max_iters = 1000
+max_iters = 2000
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.01),
     clip_grad=dict(max_norm=1),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
-    dict(type='PolyLR', eta_min=0, by_epoch=False, begin=100, end=max_iters),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=200),
+    dict(type='PolyLR', eta_min=0, by_epoch=False, begin=200, end=max_iters),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=250)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=250, max_keep_ckpts=1
+        type='CheckpointHook', by_epoch=False, interval=500, max_keep_ckpts=1
     ),
 )
 log_processor = dict(by_epoch=False)

@@ -1,4 +1,4 @@
-_base_ = './retinanet_clustr-t-linear_1xb4-1k_bccd-320x240.py'
+_base_ = './retinanet_clustr-t-linear_1xb2-2k_bccd-320x240.py'
 backbone = dict(
     _delete_=True,
     type='PyramidVisionTransformerV2',
