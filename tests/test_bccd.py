@@ -38,7 +38,7 @@ def bccd(tmp_path_factory):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_configs(bccd, path):
-    """A loss on the boxes at half their size, and boxes for the whole picture."""
+    """A loss on boxes at half their size; for testing, boxes of the whole picture."""
     config = Config.fromfile(path)
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
@@ -47,17 +47,18 @@ def test_configs(bccd, path):
         DATASETS.build({**part.dataset, 'data_root': str(bccd)})
         for part in (config.train_dataloader, config.test_dataloader)
     )
-    sample = train[0]
-    boxes = sample['data_samples'].gt_instances
-    assert sample['inputs'].shape == (3, 240, 320)
-    assert boxes.labels.tolist() == [0, 1, 2]
-    corners = boxes.bboxes.tensor
-    assert (corners[:, 2:] - corners[:, :2]).tolist() == [[50, 50]] * 3
+    sample, whole = train[0], test[0]
+    assert sample['inputs'].shape == whole['inputs'].shape == (3, 240, 320)
+    for data, side in ((sample, 50), (whole, 100)):
+        boxes = data['data_samples'].gt_instances
+        corners = boxes.bboxes.tensor
+        assert boxes.labels.tolist() == [0, 1, 2]
+        assert (corners[:, 2:] - corners[:, :2]).tolist() == [[side, side]] * 3
     batch = model.data_preprocessor(pseudo_collate([sample, sample]), True)
     losses = model(**batch, mode='loss')
     assert all(0 < sum(part).item() < 4 for part in losses.values())
     model.eval()
     model.test_cfg.score_thr = model.bbox_head.test_cfg.score_thr = 0
     with torch.no_grad():
-        (found,) = model.test_step(pseudo_collate([test[0]]))
+        (found,) = model.test_step(pseudo_collate([whole]))
     assert found.pred_instances.bboxes[:, 2].max() > 320  # of 640 pixels

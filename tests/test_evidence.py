@@ -215,13 +215,25 @@ def test_lists():
     runs = [r for runs in LISTS.values() for r in runs if r.seed == runs[0].seed]
     assert len({run.name for run in runs}) == len(set(map(str, runs)))
     base = evidence.count(evidence.Run('dpcknn', 0), {})
-    files = {run.variant: run.config for run in runs}
-    configs = {variant: Config.fromfile(file) for variant, file in files.items()}
+    configs = {file: Config.fromfile(file) for file in {run.config for run in runs}}
+    new = set()
     for run in runs:
-        config = copy.deepcopy(configs[run.variant])
+        config = copy.deepcopy(configs[run.config])
         before = str(config._cfg_dict)
+        for key in run.options:
+            *path, last = key.split('.')
+            place = config
+            for part in path:
+                place = place[int(part) if isinstance(place, list) else part]
+            if last not in place:
+                new.add(f'{path[-1]}.{last}')
         config.merge_from_dict(dict(run.options))
         assert (str(config._cfg_dict) == before) == (not run.options)
+    # Arguments that no config gives; all else that a list changes is there.
+    assert new == {
+        *(f'dataset.{key}' for key in ('size', 'cue_size', 'num_targets', 'ann_file')),
+        *(f'backbone.{key}' for key in ('scale', 'learned_weights', 'max_clusters')),
+    }
     large = next(run for run in runs if run.name == 'cue_task/dpcknn_size-256_seed0')
     assert evidence.count(large, {})['multiply_adds'] > 7 * base['multiply_adds']
     # Of crops of 128 pixels, and of 240 x 320, as many as by get_flops.
@@ -250,8 +262,13 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
     work, out = tmp_path / 'work', tmp_path / 'evidence'
     arguments = ['short', '--work-dir', str(work), '--out', str(out), '--jobs', '1']
     arguments += ['--cfg-options', *TINY]
+    # One that was interrupted after an iteration goes on there.
+    first = dict(option.split('=') for option in TINY) | {'train_cfg.max_iters': 1}
+    assert evidence.start(evidence.Run('grid', 3), work, first).wait() == 0
     with pytest.raises(SystemExit, match='1 runs failed'):
         evidence.main(arguments)
+    log = (work / 'cue_task/grid_seed3/log.txt').read_text()
+    assert re.search(r'resumed epoch: \d+, iter: 1\b', log)
     printed = capsys.readouterr().out
     assert 'short: 5 runs, 0 finished before' in printed
     assert 'kmeans1_tuned_seed4: left out, its weights are not trained yet' in printed
@@ -280,6 +297,9 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
     assert '5 runs, 3 finished before' in capsys.readouterr().out
     assert started == ['wide']
 
+    with pytest.raises(SystemExit, match='grid_seed3 is of the options .*: remove'):
+        evidence.main([*arguments, 'randomness.deterministic=True'])
+
     # Pictures, labels, and what the two networks that left a checkpoint make of them.
     evidence.main([*arguments[:5], '--predictions'])
     assert Image.open(out / 'short-predictions.png').height == round(4 * 1.1 * 120)
@@ -293,6 +313,26 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
                 '--predictions',
             ]
         )
+
+
+def test_trainings_end_with_the_driver(short, tmp_path, monkeypatch):
+    children, handlers = [], {}
+
+    def start(*_):
+        command = [sys.executable, '-c', 'import time; time.sleep(99)']
+        children.append(subprocess.Popen(command, start_new_session=True))
+        return children[-1]
+
+    monkeypatch.setattr(evidence, 'start', start)
+    monkeypatch.setattr(evidence.signal, 'signal', handlers.__setitem__)
+    monkeypatch.setattr(evidence.time, 'sleep', lambda _: handlers[hangup]())
+    hangup = evidence.signal.SIGHUP
+    folders = ['--work-dir', str(tmp_path), '--out', str(tmp_path)]
+    with pytest.raises(SystemExit, match='stopped'):
+        evidence.main(['short', *folders, '--jobs', '2'])
+    monkeypatch.undo()
+    assert set(handlers) == {hangup, evidence.signal.SIGTERM}
+    assert [child.wait(9) for child in children] == [-evidence.signal.SIGTERM] * 2
 
 
 def record(variant, seed, ious, **more):

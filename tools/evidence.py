@@ -89,8 +89,8 @@ class Run:
         seed (int): Of weights and order.
         point (str): What the options are called; empty if there are none.
         options (Mapping): ``--cfg-options``.
-        weights (str): The variant whose network, of the same seed and the list 'main'
-            or 'camvid', it begins with; empty for none.
+        weights (str): The variant whose network, of the same seed and task and without
+            options, it begins with; empty for none.
         is_test (bool): Whether these weights are tested as they are.
         task (str): A key of ``FIGURES``, the folder of the config.
     """
@@ -169,13 +169,14 @@ def make_lists() -> dict[str, list[Run]]:
             [((*CLUSTERED, 'all', 'strided'), 'longer', schedule(3000, 900, 250))],
         ),
         'backbones': (3, [(BACKBONES, '', {})]),
-        # A sweep has the list 'main' as its point without a name.
+        # The point without a name is the list 'main'.
         'cue-sizes': (3, [(every, '', {})]),
         'cluster-counts': (3, [(CLUSTERED, '', {})]),
         'picture-sizes': (3, [(every, '', {})]),
         'parts': (
             3,
             [
+                (CLUSTERED, '', {}),
                 (['dpcknn'], 'k-1', backbone(**{'clusterer.k': 1})),
                 (['dpcknn'], 'k-15', backbone(**{'clusterer.k': 15})),
                 (['dpcknn'], 'coarse', backbone(type='ControlClusTR', scale=0)),
@@ -294,7 +295,7 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
 
 
 def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> dict:
-    """What a run came to, whichever way it ended."""
+    """What a run came to, whichever way it ended; not of what it was made."""
     scalars = [
         json.loads(line)
         for file in sorted(folder.glob('*/vis_data/scalars.json'))
@@ -325,7 +326,7 @@ def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> di
     if trained:
         # Of the fastest ten that the log has: other work on the machine only adds.
         record['seconds_per_iteration'] = round(min(x['time'] for x in trained), 4)
-    return {**record, **count(run, options), **circumstances()}
+    return {**record, **count(run, options)}
 
 
 def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
@@ -356,7 +357,9 @@ def circumstances() -> dict[str, Any]:
     return dict(
         versions=versions(),
         commit=commit + ('-dirty' if changes else ''),
-        machine=f'{os.cpu_count()} x {device_name("cpu")}',
+        machine=device_name('cuda')
+        if torch.cuda.is_available()
+        else f'{os.cpu_count()} x {device_name("cpu")}',
     )
 
 
@@ -409,14 +412,23 @@ def train(
 ) -> int:
     """Train what is not finished of a list; returns how many runs failed.
 
-    One that failed before is tried again.
+    One that failed before is tried again; ends the program if one was made with
+    other options.
     """
     runs = make_lists()[name]
+    for run in runs:
+        record, asked = read_record(run, work_dir), {**run.options, **options}
+        if record and record['options'] != asked:
+            sys.exit(
+                f'evidence.py: {work_dir / run.name} is of the options '
+                f'{record["options"]}, not {asked}: remove that folder or choose '
+                'another --work-dir'
+            )
     waiting = [run for run in runs if not is_finished(run, work_dir)]
     number, begin, failures = len(waiting), time.time(), 0
     print(f'{name}: {len(runs)} runs, {len(runs) - number} finished before', flush=True)
     gather(name, work_dir, out)
-    running: dict[Run, subprocess.Popen] = {}
+    running: dict[Run, tuple[subprocess.Popen, dict]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -427,12 +439,13 @@ def train(
                         flush=True,
                     )
                     continue
-                running[run] = start(run, work_dir, options)
+                running[run] = start(run, work_dir, options), circumstances()
                 print(f'{run.name}: started', flush=True)
             time.sleep(0.2)
-            for run in [run for run in running if running[run].poll() is not None]:
-                folder, code = work_dir / run.name, running.pop(run).returncode
-                record = measure(run, folder, code, options)
+            for run in [run for run in running if running[run][0].poll() is not None]:
+                folder, (ended, made_of) = work_dir / run.name, running.pop(run)
+                code = ended.returncode
+                record = {**measure(run, folder, code, options), **made_of}
                 write_json(folder / 'record.json', record)
                 gather(name, work_dir, out)
                 if code:
@@ -448,7 +461,7 @@ def train(
                     flush=True,
                 )
     finally:
-        for child in running.values():
+        for child, _ in running.values():
             os.killpg(child.pid, signal.SIGTERM)
     return failures
 
@@ -488,7 +501,9 @@ def make_table(records: Iterable[dict]) -> str:
         for step in sorted(seen.intersection(STEPS)):
             row[f'{figure} at {step}'] = spread(c.get(str(step)) for c in curves)
         row[f'final {figure}'] = spread([*c.values()][-1] for c in curves)
-        for name in runs[0].get('classes', ()):
+        for name in dict.fromkeys(
+            name for r in records for name in r.get('classes', ())
+        ):
             row[name] = spread(run['classes'].get(name) for run in ended)
         if figure == 'IoU':
             if seen != {0}:
@@ -535,14 +550,15 @@ def draw(records: Sequence[dict], path: Path) -> None:
             axis.plot(curve.keys(), curve.values(), color=colour, lw=0.8, alpha=0.6)
         steps = sorted(set().union(*curves))
         means = [statistics.mean(c[x] for c in curves if x in c) for x in steps]
-        (lines[variant],) = axis.plot(steps, means, color=colour, lw=2.5)
+        (lines[variant],) = axis.plot(steps, means, '.-', color=colour, lw=2.5)
         axis.set(title=runs[0][key] or 'as in main', ylim=(-3, 103))
     for axis in grid.flat[len(titles) :]:
         axis.remove()
     if key == 'point':
         figure.legend(lines.values(), lines, loc='outside right')
     figure.supxlabel('iterations')
-    figure.supylabel(f'{records[0]["figure"]}, %')
+    of = ' of the target' if records[0]['figure'] == 'IoU' else ''
+    figure.supylabel(f'{records[0]["figure"]}{of}, %')
     write_whole(path, to_png(figure))
 
 
@@ -561,6 +577,8 @@ def draw_predictions(
             networks.setdefault(f'{run.variant} {run.point}'.strip(), run)
     if not networks:
         sys.exit(f'evidence.py: there is no checkpoint of these runs in {work_dir}')
+    if any(run.task != 'cue_task' for run in networks.values()):
+        sys.exit('evidence.py: --predictions is for lists of the cue task')
     if any('.dataset.' in key for run in networks.values() for key in run.options):
         sys.exit('evidence.py: the networks of this list have other pictures each')
     rows = {}
@@ -618,7 +636,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f'--jobs must be at least 1, got {args.jobs}')
     if not (args.table or args.figure or args.predictions):
         # As on Ctrl-C, the trainings end with the driver.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit('evidence.py: stopped'))
+        for way in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(way, lambda *_: sys.exit('evidence.py: stopped'))
         work_dir, out = args.work_dir.resolve(), args.out
         failures = sum(
             train(name, work_dir, out, args.jobs, args.cfg_options)

@@ -21,7 +21,8 @@ model = dict(
 
 scale = (320, 240)
 resize = dict(type='Resize', scale=scale)
-load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
+load = dict(type='LoadImageFromFile')
+load_boxes = dict(type='LoadAnnotations', with_bbox=True)
 dataset = dict(
     type='XMLDataset',
     metainfo=dict(classes=('RBC', 'WBC', 'Platelets')),
@@ -36,7 +37,8 @@ train_dataloader = dict(
         **dataset,
         ann_file='ImageSets/Main/trainval.txt',
         pipeline=[
-            *load,
+            load,
+            load_boxes,
             resize,
             dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
             dict(type='PackDetInputs'),
@@ -51,7 +53,8 @@ test_dataloader = dict(
         **dataset,
         ann_file='ImageSets/Main/test.txt',
         test_mode=True,
-        pipeline=[*load, resize, dict(type='PackDetInputs')],
+        # Boxes after resizing: they are compared with those of the whole picture.
+        pipeline=[load, resize, load_boxes, dict(type='PackDetInputs')],
     ),
 )
 val_dataloader = test_dataloader
@@ -72,7 +75,7 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=50
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    logger=dict(type='LoggerHook', interval=50),
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     checkpoint=dict(
         type='CheckpointHook', by_epoch=False, interval=500, max_keep_ckpts=1
     ),
