@@ -216,6 +216,9 @@ def test_lists():
     assert len({run.name for run in runs}) == len(set(map(str, runs)))
     base = evidence.count(evidence.Run('dpcknn', 0), {})
     configs = {file: Config.fromfile(file) for file in {run.config for run in runs}}
+    # Or all that is tested on the way would be logged as of step 0.
+    loggers = [config.default_hooks.logger for config in configs.values()]
+    assert not any(logger.log_metric_by_epoch for logger in loggers)
     new = set()
     for run in runs:
         config = copy.deepcopy(configs[run.config])
@@ -261,9 +264,10 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
     """Two iterations by stock mim; what is finished is not done again."""
     work, out = tmp_path / 'work', tmp_path / 'evidence'
     arguments = ['short', '--work-dir', str(work), '--out', str(out), '--jobs', '1']
-    arguments += ['--cfg-options', *TINY]
+    options = [*TINY, 'train_dataloader.dataset.shape_sizes=(12,18)']
+    arguments += ['--cfg-options', *options]
     # One that was interrupted after an iteration goes on there.
-    first = dict(option.split('=') for option in TINY) | {'train_cfg.max_iters': 1}
+    first = dict(option.split('=') for option in options) | {'train_cfg.max_iters': 1}
     assert evidence.start(evidence.Run('grid', 3), work, first).wait() == 0
     with pytest.raises(SystemExit, match='1 runs failed'):
         evidence.main(arguments)
@@ -284,7 +288,7 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
     log = (work / 'cue_task/kmeans1_tuned_seed3/log.txt').read_text()
     assert 'Load checkpoint from' in log and 'grid_seed3/iter_2.pth' in log
 
-    # Only the failed one is tried again.
+    # Only the failed one is tried again: the options are the same.
     started = []
 
     def start(run, *_):
@@ -313,6 +317,15 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
                 '--predictions',
             ]
         )
+
+
+def test_nothing_begins_without_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, 'start', None)
+    folders = ['--work-dir', str(tmp_path), '--out', str(tmp_path)]
+    option = 'train_dataloader.dataset.data_root=nowhere'
+    with pytest.raises(SystemExit, match='no folder nowhere .*camvid.*: docs/evid'):
+        evidence.main(['camvid', *folders, '--cfg-options', option])
+    assert not list(tmp_path.iterdir())
 
 
 def test_trainings_end_with_the_driver(short, tmp_path, monkeypatch):
@@ -405,9 +418,12 @@ def test_tables_are_what_the_json_says(tmp_path, capsys, monkeypatch):
     tested = record('grid', 0, [], scores={'0': 91})
     titles = evidence.make_table([tested]).splitlines()[0]
     photographs = [
-        record('r18', seed, [9, 20, 30 + seed], **of)
+        record(
+            *('r18', seed, [9, 20, 30 + seed]),
+            figure='mIoU',
+            classes=dict(pole=seed, sky=90),
+        )
         for seed in (0, 2)
-        for of in [dict(figure='mIoU', classes=dict(pole=seed, sky=90))]
     ]
     table = evidence.make_table(photographs).splitlines()
     cells = [[cell.strip() for cell in line.split('|')] for line in table]

@@ -46,6 +46,12 @@ sys.path.append(str(ROOT / 'tools/analysis_tools'))
 from common import device_name, to_png, versions  # noqa: E402
 from get_flops import count_flops  # noqa: E402
 
+#: Task -> what toolboxes call its figure, what we call it, and its unit in percent.
+FIGURES = {
+    'cue_task': ('IoU.target', 'IoU', 1),
+    'camvid': ('mIoU', 'mIoU', 1),
+    'bccd': ('pascal_voc/AP50', 'AP50', 100),
+}
 MAIN = (
     *('dpcknn', 'kmeans1', 'kmeans3', 'kmeans3-quarter', 'dpcknn-windows', 'grid'),
     *('sorted', 'random', 'all', 'none', 'strided'),
@@ -53,12 +59,6 @@ MAIN = (
 BACKBONES = ('dpcknn', 'dualvit', 'linglo', 'stt', 'pvtv2', 'swin', 'resnet')
 CLUSTERED = ('dpcknn', 'kmeans3', 'grid')
 PHOTOGRAPHS = ('clustr-t', 'clustr-t-linear', 'pvtv2-b1', 'r18')
-#: Task -> what toolboxes call its figure, what we call it, and its unit in percent.
-FIGURES = {
-    'cue_task': ('IoU.target', 'IoU', 1),
-    'camvid': ('mIoU', 'mIoU', 1),
-    'bccd': ('pascal_voc/AP50', 'AP50', 100),
-}
 #: Learning rates that are tried for each of them, and options for training on a part
 #: of CamVid's train and testing on the rest.
 RATE = 'optim_wrapper.optimizer.lr'
@@ -169,9 +169,21 @@ def make_lists() -> dict[str, list[Run]]:
             [((*CLUSTERED, 'all', 'strided'), 'longer', schedule(3000, 900, 250))],
         ),
         'backbones': (3, [(BACKBONES, '', {})]),
-        # The point without a name is the list 'main'.
-        'cue-sizes': (3, [(every, '', {})]),
-        'cluster-counts': (3, [(CLUSTERED, '', {})]),
+        # Points without a name are runs of 'main', which are not made twice.
+        'cue-sizes': (
+            3,
+            [
+                (every, '', {}),
+                *((every, f'cue-{n}', picture(cue_size=n)) for n in (4, 6, 10, 16)),
+            ],
+        ),
+        'cluster-counts': (
+            3,
+            [
+                (CLUSTERED, '', {}),
+                *((CLUSTERED, f'clusters-{n}', clusters(n)) for n in (2, 4, 18)),
+            ],
+        ),
         'picture-sizes': (3, [(every, '', {})]),
         'parts': (
             3,
@@ -189,10 +201,6 @@ def make_lists() -> dict[str, list[Run]]:
             ],
         ),
     }
-    for n in (4, 6, 10, 16):
-        lists['cue-sizes'][1].append((every, f'cue-{n}', picture(cue_size=n)))
-    for n in (2, 4, 18):
-        lists['cluster-counts'][1].append((CLUSTERED, f'clusters-{n}', clusters(n)))
     for n in (64, 128, 192, 256):
         size = picture(size=n)
         lists['picture-sizes'][1].extend(
@@ -295,7 +303,7 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
 
 
 def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> dict:
-    """What a run came to, whichever way it ended; not of what it was made."""
+    """What a run came to, whichever way it ended."""
     scalars = [
         json.loads(line)
         for file in sorted(folder.glob('*/vis_data/scalars.json'))
@@ -336,7 +344,8 @@ def count(run: Run, options: Mapping[str, Any]) -> dict[str, int]:
     init_default_scope(config.default_scope)
     # Of the pictures, what is cut out of them, or what they are resized to.
     side = config.train_dataloader.dataset.get('size', 96)
-    width, height = config.get('crop_size', config.get('scale', (side, side)))
+    width, height = config.get('scale', (side, side))
+    height, width = config.get('crop_size', (height, width))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the toolbox's own, about its own names
         flops = count_flops(MODELS.build(config.model), height, width)
@@ -413,11 +422,22 @@ def train(
     """Train what is not finished of a list; returns how many runs failed.
 
     One that failed before is tried again; ends the program if one was made with
-    other options.
+    other options, or if there are no data.
     """
     runs = make_lists()[name]
+    for path in {run.config for run in runs}:
+        config = read_config(path)
+        config.merge_from_dict(dict(options))
+        root = config.train_dataloader.dataset.get('data_root', '.')
+        if not (ROOT / root).is_dir():
+            sys.exit(
+                f'evidence.py: there is no folder {root} for {path.name}: '
+                'docs/evidence.md says where its data are from'
+            )
     for run in runs:
-        record, asked = read_record(run, work_dir), {**run.options, **options}
+        record = read_record(run, work_dir)
+        # As JSON has it: tuples are lists there.
+        asked = json.loads(json.dumps({**run.options, **options}))
         if record and record['options'] != asked:
             sys.exit(
                 f'evidence.py: {work_dir / run.name} is of the options '

@@ -53,7 +53,7 @@ test_dataloader = dict(
         **dataset,
         ann_file='ImageSets/Main/test.txt',
         test_mode=True,
-        # Boxes after resizing: they are compared with those of the whole picture.
+        # Boxes are loaded last: like predictions they are of the whole picture.
         pipeline=[load, resize, load_boxes, dict(type='PackDetInputs')],
     ),
 )
