@@ -305,18 +305,10 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
         evidence.main([*arguments, 'randomness.deterministic=True'])
 
     # Pictures, labels, and what the two networks that left a checkpoint make of them.
-    evidence.main([*arguments[:5], '--predictions'])
+    evidence.main([*arguments[:5], '--predictions', '3'])
     assert Image.open(out / 'short-predictions.png').height == round(4 * 1.1 * 120)
-    with pytest.raises(SystemExit, match='no checkpoint of these runs in .*nowhere'):
-        evidence.main(
-            [
-                'short',
-                '--work-dir',
-                str(tmp_path / 'nowhere'),
-                *arguments[3:5],
-                '--predictions',
-            ]
-        )
+    with pytest.raises(SystemExit, match='no checkpoint of these runs in .*work'):
+        evidence.main([*arguments[:5], '--predictions', '4'])
 
 
 def test_nothing_begins_without_data(tmp_path, monkeypatch):
@@ -343,9 +335,43 @@ def test_trainings_end_with_the_driver(short, tmp_path, monkeypatch):
     folders = ['--work-dir', str(tmp_path), '--out', str(tmp_path)]
     with pytest.raises(SystemExit, match='stopped'):
         evidence.main(['short', *folders, '--jobs', '2'])
-    monkeypatch.undo()
     assert set(handlers) == {hangup, evidence.signal.SIGTERM}
     assert [child.wait(9) for child in children] == [-evidence.signal.SIGTERM] * 2
+    # Nor is one left where the driver fails at a start.
+    monkeypatch.setattr(evidence, 'circumstances', {}.pop)
+    with pytest.raises(TypeError):
+        evidence.main(['short', *folders])
+    assert len(children) == 2
+
+
+def test_nohup(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, 'train', lambda *_: 0)
+    hangup = evidence.signal.SIGHUP
+    before = evidence.signal.signal(hangup, evidence.signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            evidence.main(['short', '--work-dir', str(tmp_path)])
+        assert evidence.signal.getsignal(hangup) == evidence.signal.SIG_IGN
+    finally:
+        evidence.signal.signal(hangup, before)
+
+
+def test_one_driver_in_a_folder(short, tmp_path):
+    arguments = ['short', '--work-dir', str(tmp_path)]
+    with evidence.claim(tmp_path):
+        command = [sys.executable, '-c', 'import time; time.sleep(99)']
+        child = subprocess.Popen(command, close_fds=False)
+        with pytest.raises(SystemExit, match=f'trained in {tmp_path}'):
+            evidence.main(arguments)
+    # A training that outlives its driver still holds it.
+    try:
+        with pytest.raises(SystemExit, match=f'trained in {tmp_path}'):
+            evidence.main(arguments)
+    finally:
+        child.kill()
+        child.wait()
+    with evidence.claim(tmp_path):
+        pass
 
 
 def record(variant, seed, ious, **more):
@@ -436,6 +462,15 @@ def test_tables_are_what_the_json_says(tmp_path, capsys, monkeypatch):
     assert 'quick.json: train the list quick first' in capsys.readouterr().err
 
 
+def test_the_last_panel_of_a_column_has_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evidence, 'to_png', lambda figure: drawn.append(figure) or b'')
+    evidence.draw([record(name, 0, [1]) for name in 'abcde'], tmp_path / 'new.png')
+    panels = [axis for axis in drawn[0].axes if axis.get_title()]
+    shown = [axis.xaxis.get_tick_params()['labelbottom'] for axis in panels]
+    assert shown == [False, True, True, True, True]
+
+
 def test_records_stand_in_the_order_of_their_list(tmp_path):
     runs = LISTS['backbones']
     records = [record('else', 0, []), *(record(r.variant, r.seed, []) for r in runs)]
@@ -443,6 +478,13 @@ def test_records_stand_in_the_order_of_their_list(tmp_path):
     evidence.gather('backbones', tmp_path, tmp_path)
     found = json.loads((tmp_path / 'backbones.json').read_text())
     assert found == [*records[1:], records[0]]
+    # Of a run that is finished there, a failure here is not kept, and a finish is.
+    for status, kept in dict(failed='finished', diverged='diverged').items():
+        fresh = record('dpcknn', 0, [], status=status)
+        evidence.write_json(tmp_path / runs[0].name / 'record.json', fresh)
+        evidence.gather('backbones', tmp_path, tmp_path)
+        found = json.loads((tmp_path / 'backbones.json').read_text())
+        assert found[0]['status'] == kept
 
 
 def test_tables_of_the_page():
@@ -469,6 +511,11 @@ def test_whose_networks_are_taken(tmp_path):
             assert evidence.has_network(run, tmp_path) == taken
             (tmp_path / run.name / 'iter_9.pth').unlink()
         (tmp_path / run.name / 'iter_9.pth').touch()
+    torch.save(dict(meta={}, optimizer={}), tmp_path / plain.name / 'iter_10.pth')
+    evidence.slim(plain.find_network(tmp_path))
+    assert [
+        path.name for path in plain.find_network(tmp_path).parent.glob('*.pth')
+    ] == ['iter_10.pth']
     with pytest.raises(SystemExit, match='have other pictures'):
         evidence.draw_predictions([plain, other], tmp_path, tmp_path / 'new.png')
 

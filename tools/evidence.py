@@ -12,6 +12,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import fcntl
 import io
 import json
 import math
@@ -24,7 +25,8 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,9 +112,13 @@ class Run:
         return f'{self.task}/{"_".join(parts)}'
 
     def find_network(self, work_dir: Path) -> Path:
-        """The checkpoint that it left; a path of none if it is not there yet."""
+        """The last checkpoint that it left; a path of none if there is none yet."""
         folder = work_dir / self.name
-        return next(folder.glob('iter_*.pth'), folder / 'iter.pth')
+        return max(
+            folder.glob('iter_*.pth'),
+            key=lambda path: int(path.stem[5:]),
+            default=folder / 'iter.pth',
+        )
 
     @property
     def source(self) -> Run:
@@ -165,7 +171,7 @@ def make_lists() -> dict[str, list[Run]]:
         'quick': (1, [(MAIN, '', {})]),
         'main': (5, [(MAIN, '', {})]),
         'longer': (
-            1,
+            2,
             [((*CLUSTERED, 'all', 'strided'), 'longer', schedule(3000, 900, 250))],
         ),
         'backbones': (3, [(BACKBONES, '', {})]),
@@ -297,6 +303,7 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            close_fds=False,  # of the lock, see claim()
             start_new_session=True,
             preexec_fn=lambda: os.nice(10),
         )
@@ -372,9 +379,12 @@ def circumstances() -> dict[str, Any]:
     )
 
 
-def slim(folder: Path) -> None:
-    """Leave of the checkpoints what is needed for testing."""
-    for path in folder.glob('iter_*.pth'):
+def slim(network: Path) -> None:
+    """Leave of a run's checkpoints the last, and of that what is needed for testing."""
+    for path in network.parent.glob('iter_*.pth'):
+        if path != network:
+            path.unlink()
+            continue
         content = read_checkpoint(path)
         weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
         file = io.BytesIO()
@@ -406,14 +416,42 @@ def has_network(run: Run, work_dir: Path) -> bool:
 
 
 def gather(name: str, work_dir: Path, out: Path) -> None:
-    """Put the records of a list into its file, in its order; others there stay."""
+    """Put the records of a list into its file, in its order.
+
+    Others there stay; so do those of finished runs that have failed here.
+    """
     path, runs = out / f'{name}.json', make_lists()[name]
     known = json.loads(path.read_text()) if path.exists() else []
-    known += filter(None, (read_record(run, work_dir) for run in runs))
     records = {(r['variant'], r['point'], r['seed']): r for r in known}
     order = [(run.variant, run.point, run.seed) for run in runs]
+    for key, run in zip(order, runs):
+        record = read_record(run, work_dir)
+        if record and (
+            record['status'] != 'failed'
+            or records.get(key, record)['status'] == 'failed'
+        ):
+            records[key] = record
     keys = dict.fromkeys([*order, *records])
     write_json(path, [records[key] for key in keys if key in records])
+
+
+@contextmanager
+def claim(work_dir: Path) -> Iterator[None]:
+    """Hold a folder; ends the program if it is held already.
+
+    The trainings inherit the lock: one that outlives a driver that was killed has it.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(work_dir, os.O_RDONLY)
+    os.set_inheritable(folder, True)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f'evidence.py: another list is being trained in {work_dir}')
+        yield
+    finally:
+        os.close(folder)
 
 
 def train(
@@ -459,7 +497,8 @@ def train(
                         flush=True,
                     )
                     continue
-                running[run] = start(run, work_dir, options), circumstances()
+                made_of = circumstances()
+                running[run] = start(run, work_dir, options), made_of
                 print(f'{run.name}: started', flush=True)
             time.sleep(0.2)
             for run in [run for run in running if running[run][0].poll() is not None]:
@@ -471,7 +510,7 @@ def train(
                 if code:
                     failures += 1
                 else:
-                    slim(folder)
+                    slim(run.find_network(work_dir))
                 left = len(waiting) + len(running)
                 minutes = (time.time() - begin) / (number - left) * left / 60
                 scores = ' '.join(f'{score:.0f}' for score in record['scores'].values())
@@ -483,6 +522,7 @@ def train(
     finally:
         for child, _ in running.values():
             os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
     return failures
 
 
@@ -574,6 +614,9 @@ def draw(records: Sequence[dict], path: Path) -> None:
         axis.set(title=runs[0][key] or 'as in main', ylim=(-3, 103))
     for axis in grid.flat[len(titles) :]:
         axis.remove()
+    # The last in its column has the numbers, also where the panel below it is gone.
+    for axis in grid.flat[max(0, len(titles) - columns) : len(titles)]:
+        axis.tick_params(labelbottom=True)
     if key == 'point':
         figure.legend(lines.values(), lines, loc='outside right')
     figure.supxlabel('iterations')
@@ -587,14 +630,15 @@ def draw_predictions(
 ) -> None:
     """Draw pictures of the validation, their labels, and what networks make of them.
 
-    Of each network the first seed is taken that is finished and has a checkpoint.
+    Runs that are not finished or have no checkpoint are left out.
     """
     from mmseg.apis import init_model
 
-    networks: dict[str, Run] = {}
-    for run in runs:
-        if has_network(run, work_dir):
-            networks.setdefault(f'{run.variant} {run.point}'.strip(), run)
+    networks = {
+        f'{run.variant} {run.point}'.strip(): run
+        for run in runs
+        if has_network(run, work_dir)
+    }
     if not networks:
         sys.exit(f'evidence.py: there is no checkpoint of these runs in {work_dir}')
     if any(run.task != 'cue_task' for run in networks.values()):
@@ -646,32 +690,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add('--figure', action='store_true', help='only draw <out>/<list>.png')
     add(
         '--predictions',
-        action='store_true',
-        help='only draw what trained networks make of ten pictures, as '
+        type=int,
+        metavar='SEED',
+        help='only draw what networks of this seed make of ten pictures, as '
         '<out>/<list>-predictions.png',
     )
     add('--cfg-options', nargs='+', action=DictAction, default={}, help='of all runs')
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f'--jobs must be at least 1, got {args.jobs}')
-    if not (args.table or args.figure or args.predictions):
-        # As on Ctrl-C, the trainings end with the driver.
+    if not (args.table or args.figure or args.predictions is not None):
+        # As on Ctrl-C, the trainings end with the driver; under nohup they go on.
         for way in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(way, lambda *_: sys.exit('evidence.py: stopped'))
+            if signal.getsignal(way) != signal.SIG_IGN:
+                signal.signal(way, lambda *_: sys.exit('evidence.py: stopped'))
         work_dir, out = args.work_dir.resolve(), args.out
-        failures = sum(
-            train(name, work_dir, out, args.jobs, args.cfg_options)
-            for name in args.lists
-        )
+        with claim(work_dir):
+            failures = sum(
+                train(name, work_dir, out, args.jobs, args.cfg_options)
+                for name in args.lists
+            )
         sys.exit(f'evidence.py: {failures} runs failed' if failures else None)
     for name in args.lists:
         path, page = args.out / f'{name}.json', args.out.with_suffix('.md')
         if not path.exists():
             parser.error(f'there is no {path}: train the list {name} first')
         records = json.loads(path.read_text())
-        if args.predictions:
+        if args.predictions is not None:
+            of_seed = [r for r in make_lists()[name] if r.seed == args.predictions]
             drawing = args.out / f'{name}-predictions.png'
-            draw_predictions(make_lists()[name], args.work_dir, drawing)
+            draw_predictions(of_seed, args.work_dir, drawing)
         if args.figure:
             draw(records, path.with_suffix('.png'))
         if args.table:

@@ -76,8 +76,9 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
+    # Two: MMEngine removes the oldest before the new one is written.
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=500, max_keep_ckpts=1
+        type='CheckpointHook', by_epoch=False, interval=500, max_keep_ckpts=2
     ),
 )
 log_processor = dict(by_epoch=False)
