@@ -166,13 +166,17 @@ def clusters(number: int) -> dict[str, Any]:
 def make_lists() -> dict[str, list[Run]]:
     """The lists by name; of each the first seed comes first."""
     every = (*CLUSTERED, 'all')
+    longer = schedule(3000, 900, 250)
     #: List -> number of seeds, and (variants, point, options) of each point.
     lists = {
         'quick': (1, [(MAIN, '', {})]),
         'main': (5, [(MAIN, '', {})]),
         'longer': (
             2,
-            [((*CLUSTERED, 'all', 'strided'), 'longer', schedule(3000, 900, 250))],
+            [
+                ((*CLUSTERED, 'all', 'strided'), 'longer', longer),
+                (['kmeans3'], 'longer-cue-10', {**longer, **picture(cue_size=10)}),
+            ],
         ),
         'backbones': (3, [(BACKBONES, '', {})]),
         # Points without a name are runs of 'main', which are not made twice.
@@ -180,7 +184,12 @@ def make_lists() -> dict[str, list[Run]]:
             3,
             [
                 (every, '', {}),
+                (['dpcknn-windows'], '', {}),
                 *((every, f'cue-{n}', picture(cue_size=n)) for n in (4, 6, 10, 16)),
+                *(
+                    (['dpcknn-windows'], f'cue-{n}', picture(cue_size=n))
+                    for n in (6, 10)
+                ),
             ],
         ),
         'cluster-counts': (
