@@ -190,6 +190,11 @@ def make_lists() -> dict[str, list[Run]]:
                     (['dpcknn-windows'], f'cue-{n}', picture(cue_size=n))
                     for n in (6, 10)
                 ),
+                (
+                    ['kmeans3'],
+                    'cue-10-clusters-36',
+                    {**picture(cue_size=10), **clusters(36)},
+                ),
             ],
         ),
         'cluster-counts': (
