@@ -46,6 +46,12 @@ def test_command_line(capsys):
         shares = [float(row[column]) for row in rows]
         assert 1 >= shares[0] > shares[1] > shares[2] > 0
     assert all(float(row[1]) < float(row[2]) for row in rows)
+    options = ['--cfg-options', 'model.backbone.max_clusters=1']
+    cue_share.main(
+        [configs[2], '--cue-sizes', '14', '--pictures', '4', '--seeds', '1', *options]
+    )
+    fewer = capsys.readouterr().out.splitlines()[-1].split('|')[2]
+    assert 0 < float(fewer) < shares[2]
 
 
 @pytest.mark.parametrize(
@@ -53,8 +59,9 @@ def test_command_line(capsys):
     [
         (
             ['cue_task/fpn_all_cue-96x96.py'],
-            'queries of FullAttention have no clusters',
+            'cue_share.py: FullAttention has no clusters',
         ),
+        (['cue_task/fpn_resnet_cue-96x96.py'], 'cue_share.py: ResNet has no clusters'),
         (['fpn_clustr-t_toy-ade20k.py'], 'toy-ade20k.py is not of the cue task'),
         (['cue_task/fpn_grid_cue-96x96.py', '--cue-sizes', '2'], "least 3, got '2'"),
         (['cue_task/none.py'], 'none.py'),

@@ -219,6 +219,9 @@ def test_lists():
     # Or all that is tested on the way would be logged as of step 0.
     loggers = [config.default_hooks.logger for config in configs.values()]
     assert not any(logger.log_metric_by_epoch for logger in loggers)
+    # Or a training that is killed while it writes its only checkpoint could not go on.
+    savers = [config.default_hooks.checkpoint for config in configs.values()]
+    assert all(saver.max_keep_ckpts > 1 for saver in savers)
     new = set()
     for run in runs:
         config = copy.deepcopy(configs[run.config])
@@ -336,7 +339,7 @@ def test_trainings_end_with_the_driver(short, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='stopped'):
         evidence.main(['short', *folders, '--jobs', '2'])
     assert set(handlers) == {hangup, evidence.signal.SIGTERM}
-    assert [child.wait(9) for child in children] == [-evidence.signal.SIGTERM] * 2
+    assert [child.returncode for child in children] == [-evidence.signal.SIGTERM] * 2
     # Nor is one left where the driver fails at a start.
     monkeypatch.setattr(evidence, 'circumstances', {}.pop)
     with pytest.raises(TypeError):
@@ -356,16 +359,19 @@ def test_nohup(short, tmp_path, monkeypatch):
         evidence.signal.signal(hangup, before)
 
 
-def test_one_driver_in_a_folder(short, tmp_path):
+def test_one_driver_in_a_folder(short, tmp_path, monkeypatch):
     arguments = ['short', '--work-dir', str(tmp_path)]
+    program = tmp_path / 'program'
+    program.write_text('#!/bin/sh\nexec sleep 99\n')
+    program.chmod(0o700)
     with evidence.claim(tmp_path):
-        command = [sys.executable, '-c', 'import time; time.sleep(99)']
-        child = subprocess.Popen(command, close_fds=False)
-        with pytest.raises(SystemExit, match=f'trained in {tmp_path}'):
+        with pytest.raises(SystemExit, match=f'{tmp_path} is held by another driver'):
             evidence.main(arguments)
+        monkeypatch.setattr(evidence.sys, 'executable', str(program))
+        child = evidence.start(evidence.Run('grid', 0), tmp_path, {})
     # A training that outlives its driver still holds it.
     try:
-        with pytest.raises(SystemExit, match=f'trained in {tmp_path}'):
+        with pytest.raises(SystemExit, match='or by a training that outlived one'):
             evidence.main(arguments)
     finally:
         child.kill()

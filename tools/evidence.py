@@ -317,7 +317,7 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            close_fds=False,  # of the lock, see claim()
+            close_fds=False,  # or it would not inherit the lock of claim()
             start_new_session=True,
             preexec_fn=lambda: os.nice(10),
         )
@@ -432,7 +432,7 @@ def has_network(run: Run, work_dir: Path) -> bool:
 def gather(name: str, work_dir: Path, out: Path) -> None:
     """Put the records of a list into its file, in its order.
 
-    Others there stay; so do those of finished runs that have failed here.
+    Others there stay; so do those of runs that have only failed here.
     """
     path, runs = out / f'{name}.json', make_lists()[name]
     known = json.loads(path.read_text()) if path.exists() else []
@@ -451,9 +451,10 @@ def gather(name: str, work_dir: Path, out: Path) -> None:
 
 @contextmanager
 def claim(work_dir: Path) -> Iterator[None]:
-    """Hold a folder; ends the program if it is held already.
+    """Hold a folder; ends the program if that cannot be.
 
-    The trainings inherit the lock: one that outlives a driver that was killed has it.
+    Each ``mim``, which waits for its training, inherits the lock: a training that
+    outlives a driver that was killed has it still.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     folder = os.open(work_dir, os.O_RDONLY)
@@ -462,7 +463,10 @@ def claim(work_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f'evidence.py: another list is being trained in {work_dir}')
+            sys.exit(
+                f'evidence.py: {work_dir} is held by another driver, or by a training '
+                'that outlived one'
+            )
         yield
     finally:
         os.close(folder)
@@ -536,6 +540,7 @@ def train(
     finally:
         for child, _ in running.values():
             os.killpg(child.pid, signal.SIGTERM)
+        for child, _ in running.values():
             child.wait()
     return failures
 

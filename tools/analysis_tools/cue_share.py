@@ -13,13 +13,14 @@ from statistics import fmean
 import numpy as np
 import torch
 from common import at_least, command_line
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
+from clustr_mm import ClusTR
 from clustr_mm.evidence import CueTask
 from clustr_mm.files import read_config, shorten
 from clustr_mm.models.clustr import ClusteredAttention
@@ -49,19 +50,22 @@ def measure(model: Config, data: CueTask) -> float:
     """Mean over pictures of the largest share that the cue has of a fine cluster.
 
     Raises:
-        ValueError: If the queries of this model do not attend to clusters.
+        ValueError: If its queries do not attend to clusters.
     """
-    backbone = MODELS.build(model.backbone).eval()
-    attention = backbone.stages[0].blocks[0].attn
-    if not isinstance(attention, ClusteredAttention):
-        raise ValueError(f'the queries of {type(attention).__name__} have no clusters')
+    backbone = MODELS.build(model.backbone)
+    backbone.eval()
+    module = backbone
+    if isinstance(backbone, ClusTR):
+        module = backbone.stages[0].blocks[0].attn
+    if not isinstance(module, ClusteredAttention):
+        raise ValueError(f'{type(module).__name__} has no clusters')
     seen = {}
-    attention.register_forward_pre_hook(lambda _, x: seen.update(x=x[:2]))
+    module.register_forward_pre_hook(lambda _, x: seen.update(x=x[:2]))
     images = MODELS.build(model.data_preprocessor)(pseudo_collate([*data]))['inputs']
     with torch.no_grad():
         backbone(images)
         tokens, hw = seen['x']
-        labels = attention.cluster(tokens, hw).labels[-1]
+        labels = module.cluster(tokens, hw).labels[-1]
     masks = torch.stack([cue_mask(data.draw(index)[0]) for index in range(len(data))])
     cue = F.adaptive_avg_pool2d(masks, hw).flatten(1)
     return largest_share(labels, cue).mean().item()
@@ -72,14 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line('cue_share.py', __doc__)
     add = parser.add_argument
     add('configs', nargs='+', type=Path, help='of clusters, in configs/mmseg/cue_task')
-    add('--cue-sizes', nargs='+', type=at_least(3), default=[4, 6, 10, 14, 16])
+    sizes = [4, 6, 10, 14, 16]
+    add(
+        '--cue-sizes',
+        nargs='+',
+        type=at_least(3),
+        default=sizes,
+        help='pixels (%(default)s)',
+    )
     add('--pictures', type=at_least(1), default=32, help='of each size (%(default)s)')
     add('--seeds', type=at_least(1), default=3, help='of the weights (%(default)s)')
+    add(
+        '--cfg-options', nargs='+', action=DictAction, default={}, help='of all configs'
+    )
     args = parser.parse_args(arguments)
     rows = []
     try:
         for path in args.configs:
             config = read_config(path)
+            config.merge_from_dict(args.cfg_options)
             init_default_scope(config.default_scope)
             settings = dict(config.val_dataloader.dataset)
             if settings.pop('type') != 'CueTask':
