@@ -21,18 +21,19 @@ CELL = (
 
 @pytest.fixture(scope='module')
 def bccd(tmp_path_factory):
-    """One picture of 640 x 480 with a cell of each class."""
+    """A picture of 640 x 480 with a cell of each class; in training one has no area."""
     folder = tmp_path_factory.mktemp('bccd')
     for name in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
         (folder / name).mkdir(parents=True)
-    for split in ('trainval', 'test'):
-        (folder / f'ImageSets/Main/{split}.txt').write_text('A_1\n')
     pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / 'JPEGImages/A_1.jpg')
-    cells = zip(('RBC', 'WBC', 'Platelets'), (1, 201, 401), (101, 301, 501))
+    cells = [('RBC', 1, 101), ('WBC', 201, 301), ('Platelets', 401, 501)]
     size = '<size><width>640</width><height>480</height></size>'
-    objects = ''.join(CELL.format(*cell) for cell in cells)
-    (folder / 'Annotations/A_1.xml').write_text(f'<a>{size}{objects}</a>')
+    for split, more in dict(trainval=[('RBC', 601, 601)], test=[]).items():
+        (folder / f'ImageSets/Main/{split}.txt').write_text(f'{split}_1\n')
+        Image.fromarray(pixels).save(folder / f'JPEGImages/{split}_1.jpg')
+        objects = ''.join(CELL.format(*cell) for cell in cells + more)
+        note = f'<a>{size}{objects}</a>'
+        (folder / f'Annotations/{split}_1.xml').write_text(note)
     return folder
 
 

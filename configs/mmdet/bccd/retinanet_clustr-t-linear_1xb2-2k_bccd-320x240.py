@@ -36,6 +36,8 @@ train_dataloader = dict(
     dataset=dict(
         **dataset,
         ann_file='ImageSets/Main/trainval.txt',
+        # Ignores two boxes without area, with which the loss would be infinite.
+        filter_cfg=dict(bbox_min_size=1),
         pipeline=[
             load,
             load_boxes,
