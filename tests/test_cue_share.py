@@ -65,6 +65,13 @@ def test_command_line(capsys):
         (['fpn_clustr-t_toy-ade20k.py'], 'toy-ade20k.py is not of the cue task'),
         (['cue_task/fpn_grid_cue-96x96.py', '--cue-sizes', '2'], "least 3, got '2'"),
         (['cue_task/none.py'], 'none.py'),
+        (
+            [
+                *('cue_task/fpn_grid_cue-96x96.py', '--pictures', '1', '--cfg-options'),
+                'model.backbone.max_cluster=3',
+            ],
+            "cue_share.py: ClusTR: unexpected keyword argument 'max_cluster'",
+        ),
     ],
 )
 def test_errors(arguments, message, capsys):

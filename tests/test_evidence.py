@@ -378,6 +378,8 @@ def test_one_driver_in_a_folder(short, tmp_path, monkeypatch):
         child.wait()
     with evidence.claim(tmp_path):
         pass
+    with pytest.raises(SystemExit, match=f'evidence.py: .*exists: {str(program)!r}'):
+        evidence.main([*arguments[:2], str(program)])
 
 
 def record(variant, seed, ious, **more):

@@ -456,8 +456,11 @@ def claim(work_dir: Path) -> Iterator[None]:
     Each ``mim``, which waits for its training, inherits the lock: a training that
     outlives a driver that was killed has it still.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
-    folder = os.open(work_dir, os.O_RDONLY)
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        folder = os.open(work_dir, os.O_RDONLY)
+    except OSError as error:
+        sys.exit(f'evidence.py: {shorten(error)}')
     os.set_inheritable(folder, True)
     try:
         try:

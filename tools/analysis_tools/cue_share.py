@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     shares.append(measure(config.model, data))
                 row.append(f'{fmean(shares):.2f}')
             rows.append(row)
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         parser.error(shorten(error))
     headers = ['network', *(f'{size} px' for size in args.cue_sizes)]
     print(tabulate(rows, headers, 'github', disable_numparse=True))
