@@ -68,6 +68,17 @@ def test_command_line(capsys):
         (
             [
                 *('cue_task/fpn_grid_cue-96x96.py', '--pictures', '1', '--cfg-options'),
+                'model.backbone.type=Foo',
+            ],
+            'Foo is not in the',
+        ),
+        (
+            ['cue_task/fpn_grid_cue-96x96.py', '--cfg-options', 'val_dataloader=None'],
+            "no attribute 'dataset'",
+        ),
+        (
+            [
+                *('cue_task/fpn_grid_cue-96x96.py', '--pictures', '1', '--cfg-options'),
                 'model.backbone.max_cluster=3',
             ],
             "cue_share.py: ClusTR: unexpected keyword argument 'max_cluster'",

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import evidence
+import mmseg.apis
 import numpy as np
 import pytest
 import torch
@@ -308,7 +310,15 @@ def test_runs_are_trained_tested_and_skipped(short, tmp_path, monkeypatch, capsy
         evidence.main([*arguments, 'randomness.deterministic=True'])
 
     # Pictures, labels, and what the two networks that left a checkpoint make of them.
+    init_model, sizes = mmseg.apis.init_model, []
+
+    def init(config, *args):
+        sizes.append([*config.train_dataloader.dataset.shape_sizes])
+        return init_model(config, *args)
+
+    monkeypatch.setattr(mmseg.apis, 'init_model', init)
     evidence.main([*arguments[:5], '--predictions', '3'])
+    assert sizes == [[12, 18]] * 2  # the options that they were trained with
     assert Image.open(out / 'short-predictions.png').height == round(4 * 1.1 * 120)
     with pytest.raises(SystemExit, match='no checkpoint of these runs in .*work'):
         evidence.main([*arguments[:5], '--predictions', '4'])
@@ -333,13 +343,20 @@ def test_trainings_end_with_the_driver(short, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evidence, 'start', start)
     monkeypatch.setattr(evidence.signal, 'signal', handlers.__setitem__)
-    monkeypatch.setattr(evidence.time, 'sleep', lambda _: handlers[hangup]())
     hangup = evidence.signal.SIGHUP
+
+    def sleep(_):
+        children[0].kill()  # one that has ended, and been waited for, by then
+        children[0].wait()
+        handlers[hangup]()
+
+    monkeypatch.setattr(evidence.time, 'sleep', sleep)
     folders = ['--work-dir', str(tmp_path), '--out', str(tmp_path)]
     with pytest.raises(SystemExit, match='stopped'):
         evidence.main(['short', *folders, '--jobs', '2'])
     assert set(handlers) == {hangup, evidence.signal.SIGTERM}
-    assert [child.returncode for child in children] == [-evidence.signal.SIGTERM] * 2
+    ways = [evidence.signal.SIGKILL, evidence.signal.SIGTERM]
+    assert [-child.returncode for child in children] == ways
     # Nor is one left where the driver fails at a start.
     monkeypatch.setattr(evidence, 'circumstances', {}.pop)
     with pytest.raises(TypeError):
@@ -396,6 +413,11 @@ def record(variant, seed, ious, **more):
         )
         | more
     )
+
+
+def test_options_keep_their_spaces(tmp_path):
+    assert evidence.spell((64, (1, 2))) == '(64,(1,2))'
+    assert evidence.spell(tmp_path / 'my networks/a.pth').endswith('my networks/a.pth')
 
 
 def test_tables_are_what_the_json_says(tmp_path, capsys, monkeypatch):
@@ -465,6 +487,8 @@ def test_tables_are_what_the_json_says(tmp_path, capsys, monkeypatch):
     assert (found['final mIoU'], found['pole']) == ('31.0 ± 1.4', '1.0 ± 1.4')
     assert found['sky'] == '90.0 ± 0.0' and 'learnt' not in found
     assert 'final IoU' in titles and 'iterations' not in titles and ' at ' not in titles
+    # Nothing is written before the first run has ended.
+    evidence.gather('quick', tmp_path, out)
     with pytest.raises(SystemExit):
         evidence.main(['quick', *arguments[1:]])
     assert 'quick.json: train the list quick first' in capsys.readouterr().err
@@ -528,16 +552,41 @@ def test_whose_networks_are_taken(tmp_path):
         evidence.draw_predictions([plain, other], tmp_path, tmp_path / 'new.png')
 
 
+def test_tests_of_a_network_that_is_trained_anew_are_made_anew(tmp_path):
+    tested = evidence.Run('kmeans1', 0, 'weights-grid', {}, 'grid', is_test=True)
+    path = tmp_path / tested.name / 'record.json'
+    assert not evidence.is_finished(tested, tmp_path)
+    evidence.write_json(path, dict(status='finished'))
+    assert evidence.is_finished(tested, tmp_path)  # the network may be gone
+    network = tmp_path / tested.source.name / 'iter_9.pth'
+    network.parent.mkdir()
+    network.touch()
+    for later, finished in ((-9, True), (9, False)):
+        os.utime(network, (path.stat().st_mtime + later,) * 2)
+        assert evidence.is_finished(tested, tmp_path) == finished
+
+
 def test_what_is_measured_of_a_divergence(tmp_path, monkeypatch):
     folder = tmp_path / 'time/vis_data'
     folder.mkdir(parents=True)
-    lines = [dict(loss=math.nan, time=0.1), dict(step=1, mIoU=1, **{'IoU.target': 0.0})]
+    lines = [
+        dict(step=1, loss=math.nan, time=0.1),
+        dict(step=1, mIoU=1, **{'IoU.target': 0.0}),
+    ]
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
     found = evidence.measure(evidence.Run('grid', 0), tmp_path, 0, {})
     assert (found['status'], found['scores']) == ('diverged', {'1': 0.0})
     assert 'classes' not in found
     found = evidence.measure(evidence.Run('r18', 0, task='camvid'), tmp_path, 0, {})
     assert (found['scores'], found['classes']) == ({'1': 1}, {'target': 0.0})
+    # It was killed within a line, and went on before the divergence.
+    text = (folder / 'scalars.json').read_text()
+    (folder / 'scalars.json').write_text(f'{text}\n{{"step": 1')
+    later = tmp_path / 'time2/vis_data'
+    later.mkdir(parents=True)
+    (later / 'scalars.json').write_text('{"step": 1, "loss": 0.5, "time": 0.2}')
+    found = evidence.measure(evidence.Run('grid', 0), tmp_path, 0, {})
+    assert (found['status'], found['seconds_per_iteration']) == ('finished', 0.2)
     (folder / 'scalars.json').write_text('{"step": 9, "pascal_voc/AP50": 0.123}')
     found = evidence.measure(evidence.Run('pvtv2-b1', 0, task='bccd'), tmp_path, 0, {})
     assert (found['figure'], found['scores']) == ('AP50', {'9': 12.3})

@@ -204,7 +204,24 @@ def make_lists() -> dict[str, list[Run]]:
                 *((CLUSTERED, f'clusters-{n}', clusters(n)) for n in (2, 4, 18)),
             ],
         ),
-        'picture-sizes': (3, [(every, '', {})]),
+        'picture-sizes': (
+            3,
+            [
+                (every, '', {}),
+                *(
+                    point
+                    for n in (64, 128, 192, 256)
+                    for point in (
+                        (['dpcknn', 'all'], f'size-{n}', picture(size=n)),
+                        (
+                            CLUSTERED,
+                            f'size-{n}-clusters-9',
+                            {**picture(size=n), **clusters(9)},
+                        ),
+                    )
+                ),
+            ],
+        ),
         'parts': (
             3,
             [
@@ -221,14 +238,6 @@ def make_lists() -> dict[str, list[Run]]:
             ],
         ),
     }
-    for n in (64, 128, 192, 256):
-        size = picture(size=n)
-        lists['picture-sizes'][1].extend(
-            [
-                (['dpcknn', 'all'], f'size-{n}', size),
-                (CLUSTERED, f'size-{n}-clusters-9', {**size, **clusters(9)}),
-            ]
-        )
     runs = {
         name: [
             Run(variant, seed, point, options)
@@ -269,9 +278,9 @@ def make_lists() -> dict[str, list[Run]]:
             (f'at-{n}-clusters-9', {**picture(size=n), **clusters(9)}),
         )
     ]
-    tenth = {**HELD_OUT, **schedule(300, 30, 300)}
+    short = {**HELD_OUT, **schedule(300, 30, 300)}
     runs['camvid-rates'] = [
-        Run(variant, 0, f'lr-{rate:g}', {**tenth, RATE: rate}, task='camvid')
+        Run(variant, 0, f'lr-{rate:g}', {**short, RATE: rate}, task='camvid')
         for rate in RATES
         for variant in PHOTOGRAPHS
     ]
@@ -308,7 +317,7 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
         *(sys.executable, '-m', 'mim', way[0], run.config.parts[-3]),
         *(str(run.config), *way[1:]),
         *('--work-dir', str(folder), '--cfg-options'),
-        *(f'{key}={value}'.replace(' ', '') for key, value in options.items()),
+        *(f'{key}={spell(value)}' for key, value in options.items()),
     ]
     with (folder / 'log.txt').open('a') as log:
         return subprocess.Popen(
@@ -323,17 +332,25 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
         )
 
 
+def spell(value: Any) -> str:
+    """A value as ``--cfg-options`` reads it: no spaces in a tuple."""
+    text = str(value)
+    return text if isinstance(value, (str, Path)) else text.replace(' ', '')
+
+
 def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> dict:
     """What a run came to, whichever way it ended."""
     scalars = [
         json.loads(line)
         for file in sorted(folder.glob('*/vis_data/scalars.json'))
         for line in file.read_text().splitlines()
+        if line.endswith('}')  # or its training was killed while it was written
     ]
-    trained = [line for line in scalars if 'loss' in line]
+    # Of a step that was trained twice, after an interruption, the later counts.
+    trained = {line['step']: line for line in scalars if 'loss' in line}.values()
     key, name, percent = FIGURES[run.task]
     tested = {line['step']: line for line in scalars if key in line}
-    for file in folder.glob('*/*.json') if run.is_test else ():
+    for file in sorted(folder.glob('*/*.json')) if run.is_test else ():
         tested[0] = json.loads(file.read_text())
     record = dict(
         variant=run.variant,
@@ -419,9 +436,16 @@ def read_record(run: Run, work_dir: Path) -> dict | None:
 
 
 def is_finished(run: Run, work_dir: Path) -> bool:
-    """Whether a run came to an end; one that failed did not."""
+    """Whether a run came to an end; one that failed did not.
+
+    Nor did one whose weights have been trained anew since.
+    """
     record = read_record(run, work_dir)
-    return record is not None and record['status'] != 'failed'
+    if record is None or record['status'] == 'failed':
+        return False
+    network = run.source.find_network(work_dir)
+    ended = (work_dir / run.name / 'record.json').stat().st_mtime
+    return not (run.weights and network.exists()) or network.stat().st_mtime <= ended
 
 
 def has_network(run: Run, work_dir: Path) -> bool:
@@ -446,7 +470,8 @@ def gather(name: str, work_dir: Path, out: Path) -> None:
         ):
             records[key] = record
     keys = dict.fromkeys([*order, *records])
-    write_json(path, [records[key] for key in keys if key in records])
+    if records:
+        write_json(path, [records[key] for key in keys if key in records])
 
 
 @contextmanager
@@ -542,7 +567,8 @@ def train(
                 )
     finally:
         for child, _ in running.values():
-            os.killpg(child.pid, signal.SIGTERM)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGTERM)
         for child, _ in running.values():
             child.wait()
     return failures
@@ -573,6 +599,7 @@ def make_table(records: Iterable[dict]) -> str:
     records = list(records)
     # Of a test there is one score, at 0 iterations.
     seen = {int(step) for record in records for step in record['scores']}
+    classes = dict.fromkeys(name for r in records for name in r.get('classes', ()))
     rows = []
     for (variant, point), runs in group(records).items():
         figure = runs[0]['figure']
@@ -583,9 +610,7 @@ def make_table(records: Iterable[dict]) -> str:
         for step in sorted(seen.intersection(STEPS)):
             row[f'{figure} at {step}'] = spread(c.get(str(step)) for c in curves)
         row[f'final {figure}'] = spread([*c.values()][-1] for c in curves)
-        for name in dict.fromkeys(
-            name for r in records for name in r.get('classes', ())
-        ):
+        for name in classes:
             row[name] = spread(run['classes'].get(name) for run in ended)
         if figure == 'IoU':
             if seen != {0}:
@@ -670,9 +695,10 @@ def draw_predictions(
     rows = {}
     for name, run in networks.items():
         config = read_config(run.config)
-        config.merge_from_dict(dict(run.options))
+        config.merge_from_dict(read_record(run, work_dir)['options'])
         model = init_model(config, str(run.find_network(work_dir)), 'cpu')
         data = DATASETS.build(config.val_dataloader.dataset)
+        number = min(number, len(data))
         drawn = [data.draw(index) for index in range(number)]
         colours = np.array(data.metainfo['palette'], np.uint8)
         rows.setdefault('picture', [image for image, _ in drawn])
@@ -733,8 +759,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for name in args.lists
             )
         sys.exit(f'evidence.py: {failures} runs failed' if failures else None)
+    page = args.out.with_name(f'{args.out.name}.md')
     for name in args.lists:
-        path, page = args.out / f'{name}.json', args.out.with_suffix('.md')
+        path = args.out / f'{name}.json'
         if not path.exists():
             parser.error(f'there is no {path}: train the list {name} first')
         records = json.loads(path.read_text())

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             settings = dict(config.val_dataloader.dataset)
             if settings.pop('type') != 'CueTask':
                 raise ValueError(f'{path} is not of the cue task')
-            row = [path.stem.split('_')[1]]
+            row = [path.stem.removeprefix('fpn_').removesuffix('_cue-96x96')]
             for size in args.cue_sizes:
                 settings.update(cue_size=size, num_pictures=args.pictures)
                 data = CueTask(**settings)
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     shares.append(measure(config.model, data))
                 row.append(f'{fmean(shares):.2f}')
             rows.append(row)
-    except (TypeError, ValueError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         parser.error(shorten(error))
     headers = ['network', *(f'{size} px' for size in args.cue_sizes)]
     print(tabulate(rows, headers, 'github', disable_numparse=True))
