@@ -415,9 +415,16 @@ def record(variant, seed, ious, **more):
     )
 
 
-def test_options_keep_their_spaces(tmp_path):
-    assert evidence.spell((64, (1, 2))) == '(64,(1,2))'
-    assert evidence.spell(tmp_path / 'my networks/a.pth').endswith('my networks/a.pth')
+def test_weights_are_found_where_the_clone_has_a_space_in_its_path(
+    tmp_path, monkeypatch
+):
+    root = tmp_path / 'my clone'
+    monkeypatch.setattr(evidence, 'ROOT', root)
+    monkeypatch.setattr(evidence.Run, 'config', property(lambda _: Path('a/b/c/d.py')))
+    monkeypatch.setattr(evidence.subprocess, 'Popen', lambda command, **_: command)
+    tuned = evidence.Run('kmeans1', 0, 'tuned', {}, 'grid')
+    command = evidence.start(tuned, root / 'work', {})
+    assert 'load_from=work/cue_task/grid_seed0/iter.pth' in command
 
 
 def test_tables_are_what_the_json_says(tmp_path, capsys, monkeypatch):

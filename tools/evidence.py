@@ -312,12 +312,13 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
     elif run.weights:
         # With --resume MMEngine would go on where these weights stopped.
         way = ['train']
-        options['load_from'] = run.source.find_network(work_dir)
+        # From where it runs: MMEngine takes spaces out of the value of an option.
+        options['load_from'] = os.path.relpath(run.source.find_network(work_dir), ROOT)
     command = [
         *(sys.executable, '-m', 'mim', way[0], run.config.parts[-3]),
         *(str(run.config), *way[1:]),
         *('--work-dir', str(folder), '--cfg-options'),
-        *(f'{key}={spell(value)}' for key, value in options.items()),
+        *(f'{key}={value}' for key, value in options.items()),
     ]
     with (folder / 'log.txt').open('a') as log:
         return subprocess.Popen(
@@ -330,12 +331,6 @@ def start(run: Run, work_dir: Path, options: Mapping[str, Any]) -> subprocess.Po
             start_new_session=True,
             preexec_fn=lambda: os.nice(10),
         )
-
-
-def spell(value: Any) -> str:
-    """A value as ``--cfg-options`` reads it: no spaces in a tuple."""
-    text = str(value)
-    return text if isinstance(value, (str, Path)) else text.replace(' ', '')
 
 
 def measure(run: Run, folder: Path, code: int, options: Mapping[str, Any]) -> dict:
@@ -444,8 +439,10 @@ def is_finished(run: Run, work_dir: Path) -> bool:
     if record is None or record['status'] == 'failed':
         return False
     network = run.source.find_network(work_dir)
+    if not run.weights or not network.exists():
+        return True
     ended = (work_dir / run.name / 'record.json').stat().st_mtime
-    return not (run.weights and network.exists()) or network.stat().st_mtime <= ended
+    return network.stat().st_mtime <= ended
 
 
 def has_network(run: Run, work_dir: Path) -> bool:
