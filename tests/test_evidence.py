@@ -80,6 +80,34 @@ def test_labels_are_what_the_pictures_say(split, settings):
         assert (labels == 2).any() == (data.num_targets < data.num_shapes)
 
 
+@pytest.mark.parametrize(
+    ('num_targets', 'counts', 'limits'),
+    [(2, False, (59, 59)), (1, False, (34, 38)), (1, True, (89, 95))],
+)
+def test_iou_of_telling_one_colour_from_the_others(num_targets, counts, limits):
+    """With perfect outlines: what docs/evidence.md compares networks with."""
+    data = CueTask('val', 128, num_targets=num_targets, pipeline=[])
+    drawn = []
+    for image, labels in map(data.draw, range(len(data))):
+        masks = [is_colour(image, c) & (labels > 0) for c in COLOURS[:3]]
+        drawn.append((masks, labels == 1))
+    ious = []
+    for told in range(3):
+        common = either = 0
+        for masks, target in drawn:
+            others = [mask for i, mask in enumerate(masks) if i != told and mask.any()]
+            if (masks[told] & target).any():
+                found = masks[told]
+            elif counts:
+                found = min(others, key=np.sum)
+            else:
+                found = np.any(others, axis=0)
+            common += (found & target).sum()
+            either += (found | target).sum()
+        ious.append(round(100 * common / either))
+    assert (min(ious), max(ious)) == limits
+
+
 def test_pictures_depend_on_split_seed_and_index_alone():
     sets = [
         CueTask(s, 40, seed, pipeline=[]) for s in ('train', 'val') for seed in (0, 1)
