@@ -212,7 +212,7 @@ def make_lists() -> dict[str, list[Run]]:
                     point
                     for n in (64, 128, 192, 256)
                     for point in (
-                        (['dpcknn', 'all'], f'size-{n}', picture(size=n)),
+                        (['dpcknn', 'kmeans3', 'all'], f'size-{n}', picture(size=n)),
                         (
                             CLUSTERED,
                             f'size-{n}-clusters-9',
